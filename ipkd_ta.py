@@ -1,0 +1,1045 @@
+"""IPKD-TA: inplace knowledge distillation with teacher assistant, for training flexible neural networks.
+
+A flexible network holds many sub-models in one set of weights: the exits of MSDNet, the widths of a slimmable
+MobileNet-V1. It is trained so that every sub-model teaches the next smaller one, the "teacher assistant" cascade of
+
+    A. Ozerov and N. Q. K. Duong, "Inplace knowledge distillation with teacher assistant for improved training of
+    flexible deep neural networks", EUSIPCO 2021, arXiv:2105.08369.
+
+    python ipkd_ta.py                                      # a demonstration on drawn shapes, no download
+    python ipkd_ta.py --arch msdnet --dataset cifar100     # the paper's setting
+
+One file, in reading order: the loss, slimmable MobileNet-V1, MSDNet, data, training, evaluation and report, command
+line. The loss and the two networks need nothing from the rest of the file but the imports: copy them.
+"""
+from __future__ import annotations
+
+import argparse
+import copy
+import ctypes
+import inspect
+import json
+import math
+import os
+import statistics
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torchvision
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.ops import Conv2dNormActivation
+from torchvision.transforms import v2
+
+# ====================================================================================================================
+# The loss: the algorithm in one screen
+# ====================================================================================================================
+
+
+def ipkd_ta_loss(logits, target, method="ipkd-ta", kd_weight=0.5, temperature=1.0):
+    """Loss of all sub-models of a flexible network, trained together (arXiv:2105.08369).
+
+        L = CE(z_K, y) + sum over k < K of [ (1 - kd_weight) CE(z_k, y)
+                                             + kd_weight temperature^2 KL( stop_gradient(p_t(k)) || p_k ) ]
+
+    where p_k = softmax(z_k / temperature), and the method chooses the teacher t(k) of sub-model k:
+
+        "ce"       none: every sub-model learns from the labels alone, as if kd_weight were 0
+        "ipkd"     K: the largest teaches all others (Yu & Huang, ICCV 2019; Li et al., ICCV 2019)
+        "ipkd-ta"  k + 1: each sub-model is the teacher assistant of the next smaller one (Ozerov & Duong, 2021)
+
+    Args:
+        logits: list of K tensors (N, C), smallest sub-model first. Half precision is computed in float32.
+        target: class indices (N,).
+        method, kd_weight in [0, 1], temperature > 0: see above.
+    Returns:
+        Scalar: summed over sub-models and classes, averaged over the batch. No gradient flows into a teacher.
+    Raises:
+        ValueError: an empty list, logits of different shapes, or an argument outside its range.
+    """
+    if method not in ("ce", "ipkd", "ipkd-ta"):
+        raise ValueError(f"method must be 'ce', 'ipkd' or 'ipkd-ta', got {method!r}")
+    if not 0 <= kd_weight <= 1 or not 0 < temperature < math.inf:
+        raise ValueError(f"need 0 <= kd_weight <= 1 and temperature > 0, got {kd_weight} and {temperature}")
+    shapes = [tuple(z.shape) for z in logits]
+    if len(set(shapes)) != 1 or len(shapes[0]) != 2:
+        raise ValueError(f"logits must be a non-empty list of tensors of one shape (N, C), got shapes {shapes}")
+
+    logits = [z.to(torch.promote_types(z.dtype, torch.float32)) for z in logits]
+    loss = F.cross_entropy(logits[-1], target)
+    for k, student in enumerate(logits[:-1]):
+        ce = F.cross_entropy(student, target)
+        if method == "ce":
+            loss = loss + ce
+            continue
+        teacher = (logits[-1] if method == "ipkd" else logits[k + 1]).detach()
+        kl = F.kl_div(F.log_softmax(student / temperature, dim=1), F.log_softmax(teacher / temperature, dim=1),
+                      reduction="batchmean", log_target=True)
+        loss = loss + (1 - kd_weight) * ce + kd_weight * temperature**2 * kl
+    return loss
+
+
+def sandwich_widths(n, low, high, generator=None):
+    """Widths to train in one step: the sandwich rule (Yu & Huang, ICCV 2019, section 3.3).
+
+    Args:
+        n: number of widths, at least 2: the largest, the smallest, and n - 2 drawn uniformly from [low, high].
+        low, high: width multipliers, 0 < low < high.
+        generator: CPU torch.Generator of the draw (default: PyTorch's global one).
+    Returns:
+        List of n floats, descending, so that every teacher's logits exist before its students need them.
+    Raises:
+        ValueError: n below 2 or an empty range.
+    """
+    if n < 2 or not 0 < low < high:
+        raise ValueError(f"need n >= 2 and 0 < low < high, got n={n}, low={low}, high={high}")
+    drawn = low + (high - low) * torch.rand(n - 2, generator=generator, dtype=torch.float64)
+    return [high, *sorted(drawn.tolist(), reverse=True), low]
+
+
+# ====================================================================================================================
+# Slimmable MobileNet-V1: the sub-models are widths
+# ====================================================================================================================
+
+
+class SlimmableMobileNetV1(nn.Module):
+    """MobileNet-V1 (Howard et al., 2017) for 32x32 images, with the width multiplier as an argument of `forward`.
+
+    At width w every layer computes with the first c * w of its c channels, rounded to a multiple of 8.
+
+    Args:
+        num_classes: C, the number of logits at every width.
+        widths: the sub-models, as width multipliers ascending in (0, 1]. Weights are as wide as the last one needs.
+        bn: "universal" (Yu & Huang, ICCV 2019): all widths share gamma and beta; any width in [widths[0], widths[-1]]
+            may be asked for, in eval mode after `calibrate` has measured its BatchNorm statistics.
+            "switchable" (Yu et al., ICLR 2019): a private BatchNorm for each of `widths`, and no other width.
+    Raises:
+        ValueError: widths that do not ascend in (0, 1], an unknown bn, or a width that the model does not offer.
+    """
+
+    STEM = 32
+    BLOCKS = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), (512, 1), (512, 1), (512, 1), (512, 1),
+              (512, 1), (1024, 2), (1024, 1))    # depthwise-separable: (output channels, stride)
+
+    def __init__(self, num_classes=100, widths=(0.25, 0.5, 0.75, 1.0), bn="universal"):
+        super().__init__()
+        widths = tuple(float(w) for w in widths)
+        if not widths or list(widths) != sorted(set(widths)) or not 0 < widths[0] <= widths[-1] <= 1:
+            raise ValueError(f"widths must ascend within (0, 1], got {list(widths)}")
+        if bn not in ("universal", "switchable"):
+            raise ValueError(f"bn must be 'universal' or 'switchable', got {bn!r}")
+        self.widths, self.low, self.high, self.bn = widths, widths[0], widths[-1], bn
+
+        counts, strides = self.channels(self.high), [1] + [s for _, stride in self.BLOCKS for s in (stride, 1)]
+        self.convs = nn.ModuleList([nn.Conv2d(3, counts[0], 3, padding=1, bias=False)])
+        for i in range(1, len(counts), 2):
+            c_in, c_out = counts[i], counts[i + 1]
+            self.convs.append(nn.Conv2d(c_in, c_in, 3, strides[i], padding=1, groups=c_in, bias=False))    # depthwise
+            self.convs.append(nn.Conv2d(c_in, c_out, 1, bias=False))                                       # pointwise
+        self.classifier = nn.Linear(counts[-1], num_classes)
+        for conv in self.convs:
+            nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")   # N(0, sqrt(2 / (k k C_out)))
+        nn.init.normal_(self.classifier.weight, std=0.01)
+        nn.init.zeros_(self.classifier.bias)
+
+        # One BatchNorm per layer and width holds the running statistics: of every width when switchable, with its
+        # own gamma and beta; of the widths calibrated so far when universal, where `affine` has gamma and beta.
+        self.norms = nn.ModuleDict()
+        if bn == "switchable":
+            for width in widths:
+                self._add_norms(width)
+        else:
+            self.affine = nn.ModuleList(nn.BatchNorm2d(c, track_running_stats=False) for c in counts)
+
+    def forward(self, x, width=1.0):
+        """x: (N, 3, H, W) -> logits (N, num_classes) of the sub-model of this width."""
+        tracked = self.bn == "switchable" or not self.training
+        return self._run(x, self._layers(width, tracked), training=self.training)
+
+    def _run(self, x, layers, training, momentum=0.1):
+        for conv, weight, mean, var, gamma, beta in layers:
+            groups = len(weight) if conv.groups > 1 else 1
+            x = F.conv2d(x, weight, None, conv.stride, conv.padding, groups=groups)
+            x = F.relu6(F.batch_norm(x, mean, var, gamma, beta, training, momentum))
+        x = x.mean(dim=(2, 3))                                                       # (N, channels of the last layer)
+        return F.linear(x, self.classifier.weight[:, :x.shape[1]], self.classifier.bias)
+
+    def _layers(self, width, tracked):
+        """Of each layer at `width`: its conv, weight slice, running mean and variance (None unless tracked), gamma, beta."""
+        width = float(width)
+        counts, key = self.channels(width), self._key(width)
+        if not self.low <= width <= self.high:
+            raise ValueError(f"width {width} is outside the trained range [{self.low}, {self.high}]")
+        if self.bn == "switchable" and key not in self.norms:
+            raise ValueError(f"width {width} was not trained: a switchable model offers the widths {list(self.norms)} alone")
+        if tracked and key not in self.norms:
+            raise ValueError(f"width {width} has no BatchNorm statistics yet: call calibrate(batches, [{width}]) first")
+        norms = self.norms[key] if tracked else self.affine
+        affine = self.affine if self.bn == "universal" else norms
+        layers, c_in = [], 3
+        for conv, c, norm, shared in zip(self.convs, counts, norms, affine):
+            weight = conv.weight[:c, :c_in] if conv.groups == 1 else conv.weight[:c]
+            layers.append((conv, weight, norm.running_mean, norm.running_var, shared.weight[:c], shared.bias[:c]))
+            c_in = c
+        return layers
+
+    def channels(self, width):
+        """Output channels of the 27 convolutions: the multiple of 8 nearest to c * width, at least 8 and never below
+        90 % of c * width."""
+        base = [self.STEM]
+        for c_out, _ in self.BLOCKS:
+            base += [base[-1], c_out]
+        nearest = [(c * width, max(8, int(c * width / 8 + 0.5) * 8)) for c in base]
+        return [c if c >= 0.9 * exact else c + 8 for exact, c in nearest]
+
+    @torch.no_grad()
+    def calibrate(self, batches, widths=None):
+        """Measure the BatchNorm statistics that eval mode needs: the mean over `batches` of each batch's mean and
+        (unbiased) variance, every batch counting the same. Switchable models track theirs in training: nothing to do.
+
+        Args:
+            batches: list of (N, 3, H, W), normalised training images without augmentation.
+            widths: which to measure, any in [low, high] (default: `self.widths`).
+        """
+        if self.bn == "switchable":
+            return
+        for width in widths or self.widths:
+            layers = self._layers(width, tracked=False)      # refuses a wrong width before anything is stored
+            self._add_norms(width)
+            layers = self._layers(width, tracked=True)
+            for n, x in enumerate(batches, start=1):
+                self._run(x, layers, training=True, momentum=1 / n)
+
+    def _add_norms(self, width):
+        self.norms[self._key(width)] = nn.ModuleList(
+            nn.BatchNorm2d(c, affine=self.bn == "switchable") for c in self.channels(width)).to(self.classifier.weight.device)
+
+    @staticmethod
+    def _key(width):
+        return str(float(width)).replace(".", "_")      # module names may not contain a dot
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        for key in {name[len(prefix):].split(".")[1] for name in state_dict if name.startswith(prefix + "norms.")}:
+            if key not in self.norms:                   # a width that had been calibrated when the state was saved
+                self._add_norms(key.replace("_", "."))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def sub_models(self):
+        """List of (name, macs, params) of `widths`, ascending: multiply-accumulates of convolutions and classifier for
+        one 3x32x32 image, and parameters including BatchNorm's gamma and beta."""
+        model, image = copy.deepcopy(self).to("meta"), torch.empty(1, 3, 32, 32, device="meta")    # shapes alone
+        subs = []
+        for width in self.widths:
+            layers = model._layers(width, tracked=self.bn == "switchable")
+            with FlopCounterMode(display=False) as flops:
+                model._run(image, layers, training=True)
+            params = sum(weight.numel() + 2 * len(gamma) for _, weight, _, _, gamma, _ in layers)
+            params += (len(layers[-1][1]) + 1) * self.classifier.out_features
+            subs.append(SimpleNamespace(name=f"width-{width:g}", macs=flops.get_total_flops() // 2, params=params))
+        return subs
+
+    def training_passes(self, generator=None):
+        """The forward passes of one training step, largest first, each x -> [logits]: four widths by the sandwich rule
+        when universal, all of `widths` when switchable."""
+        sampled = self.bn == "universal" and self.low < self.high
+        widths = sandwich_widths(4, self.low, self.high, generator) if sampled else reversed(self.widths)
+        return [lambda x, width=width: [self(x, width)] for width in widths]
+
+    def all_logits(self, x):
+        """Logits of every sub-model in `widths`, ascending: list of (N, num_classes)."""
+        return [self(x, width) for width in self.widths]
+
+
+# ====================================================================================================================
+# MSDNet: the sub-models are exits
+# ====================================================================================================================
+
+
+class MSDNet(nn.Module):
+    """Multi-scale dense network with early exits (Huang et al., ICLR 2018) for 32x32 images.
+
+    Feature maps are lists of tensors, one per scale, finest first: 32x32, 16x16 and 8x8 pixels with n, 2n and 4n
+    channels. Every layer appends growth * (1, 2, 4) channels; the finest scale is dropped after each third of the
+    layers. Exit k classifies the coarsest scale after block k.
+
+    Args:
+        num_classes: C, the number of logits of every exit.
+        exits: K, the number of blocks and of classifiers.
+        base: layers in the first block.
+        step, step_mode: layers in each later block: `step` ("even") or step * i + 1 in block i + 1 ("lin_grow").
+        channels: n, the channels of the first layer at the finest scale.
+        growth: channels that a layer adds at the finest scale.
+    Raises:
+        ValueError: an argument that is not a positive integer, or an unknown step_mode.
+    """
+
+    FACTORS = (1, 2, 4)      # channels of a scale relative to the finest; also how far its bottlenecks are wider
+
+    class Stem(nn.Module):
+        """Image (N, 3, 32, 32) -> one map per scale, each but the first from the one before at stride 2."""
+
+        def __init__(self, channels, factors):
+            super().__init__()
+            counts = [3] + [channels * f for f in factors]
+            self.convs = nn.ModuleList(Conv2dNormActivation(c_in, c_out, 3, stride=1 if c_in == 3 else 2)
+                                       for c_in, c_out in zip(counts, counts[1:]))
+
+        def forward(self, x):
+            maps = []
+            for conv in self.convs:
+                x = conv(x)
+                maps.append(x)
+            return maps
+
+    class Layer(nn.Module):
+        """Maps -> their coarsest `n_out` scales, each with growth * factor new channels appended: computed from the
+        scale itself and from the next finer one if there is one, half each."""
+
+        def __init__(self, channels, growth, factors, n_out):
+            super().__init__()
+            self.first = len(factors) - n_out
+            self.paths = nn.ModuleList()
+            for s in range(self.first, len(factors)):
+                sources = factors[max(s - 1, 0): s + 1]
+                c_out = growth * factors[s] // len(sources)
+                self.paths.append(nn.ModuleList(
+                    self.path(channels * f, c_out, f, stride=1 if f == factors[s] else 2) for f in sources))
+
+        @staticmethod
+        def path(c_in, c_out, bottleneck, stride):
+            mid = min(c_in, bottleneck * c_out)
+            return nn.Sequential(Conv2dNormActivation(c_in, mid, 1), Conv2dNormActivation(mid, c_out, 3, stride))
+
+        def forward(self, maps):
+            out = []
+            for s, paths in enumerate(self.paths, start=self.first):
+                new = [path(x) for path, x in zip(paths, maps[max(s - 1, 0): s + 1])]
+                out.append(torch.cat([maps[s], *new], dim=1))
+            return out
+
+    class Transition(nn.Module):
+        """Halve the channels of every scale by 1x1 convolutions."""
+
+        def __init__(self, channels, factors):
+            super().__init__()
+            self.convs = nn.ModuleList(Conv2dNormActivation(channels * f, channels // 2 * f, 1) for f in factors)
+
+        def forward(self, maps):
+            return [conv(x) for conv, x in zip(self.convs, maps)]
+
+    def __init__(self, num_classes=100, exits=7, base=4, step=2, step_mode="even", channels=16, growth=6):
+        super().__init__()
+        sizes = {"num_classes": num_classes, "exits": exits, "base": base, "step": step, "channels": channels,
+                 "growth": growth}
+        for name, value in sizes.items():
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        if step_mode not in ("even", "lin_grow"):
+            raise ValueError(f"step_mode must be 'even' or 'lin_grow', got {step_mode!r}")
+
+        depths = [base] + [step if step_mode == "even" else step * i + 1 for i in range(1, exits)]
+        interval = math.ceil(sum(depths) / len(self.FACTORS))      # layers between two scale reductions
+        factors, n, layers_before = self.FACTORS, channels, 0
+        self.blocks, self.heads = nn.ModuleList(), nn.ModuleList()
+        for k, depth in enumerate(depths):
+            block = [self.Stem(n, factors)] if k == 0 else []
+            for layer in range(layers_before, layers_before + depth):
+                n_out = len(self.FACTORS) - layer // interval
+                block.append(self.Layer(n, growth, factors, n_out))
+                n += growth
+                if n_out < len(factors):
+                    factors = factors[-n_out:]
+                    block.append(self.Transition(n, factors))
+                    n //= 2
+            layers_before += depth
+            self.blocks.append(nn.Sequential(*block))
+            self.heads.append(nn.Sequential(                       # 8x8 -> 4x4 -> 2x2 -> 1x1 pixels
+                Conv2dNormActivation(n * factors[-1], 128, 3, stride=2), Conv2dNormActivation(128, 128, 3, stride=2),
+                nn.AvgPool2d(2), nn.Flatten(), nn.Linear(128, num_classes)))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):                      # N(0, sqrt(2 / (k k C_out)))
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            elif isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+
+    def forward(self, x):
+        """x: (N, 3, 32, 32) -> list of K logits (N, num_classes), exit 1 first."""
+        logits = []
+        for block, head in zip(self.blocks, self.heads):
+            x = block(x)                                           # maps, finest scale first
+            logits.append(head(x[-1]))
+        return logits
+
+    def sub_models(self):
+        """List of (name, macs, params) of the exits, exit 1 first: what it takes to get the answer of that exit and no
+        other (the blocks up to it and its own head), as multiply-accumulates of convolutions and linear layers for one
+        3x32x32 image, and parameters including BatchNorm's gamma and beta."""
+        model, x = copy.deepcopy(self).to("meta").eval(), torch.empty(1, 3, 32, 32, device="meta")      # shapes alone
+        subs, blocks_macs, blocks_params = [], 0, 0
+        for k, (block, head) in enumerate(zip(model.blocks, model.heads), start=1):
+            with FlopCounterMode(display=False) as block_flops:
+                x = block(x)
+            with FlopCounterMode(display=False) as head_flops:
+                head(x[-1])
+            blocks_macs += block_flops.get_total_flops() // 2
+            blocks_params += sum(p.numel() for p in block.parameters())
+            subs.append(SimpleNamespace(name=f"exit-{k}", macs=blocks_macs + head_flops.get_total_flops() // 2,
+                                        params=blocks_params + sum(p.numel() for p in head.parameters())))
+        return subs
+
+    def training_passes(self, generator=None):
+        """The forward passes of one training step, each x -> list of logits: one pass gives every exit."""
+        return [self]
+
+    def all_logits(self, x):
+        """Logits of every exit, exit 1 first: list of (N, num_classes)."""
+        return self(x)
+
+    def calibrate(self, batches):
+        """Nothing to do: the BatchNorm statistics are tracked in training."""
+
+
+# ====================================================================================================================
+# Data: every split is one uint8 tensor on the training device
+# ====================================================================================================================
+
+
+class InputError(Exception):
+    """Something that the user gave is wrong: reported as one line, exit status 2."""
+
+
+@dataclass
+class Data:
+    """Images (N, 3, 32, 32) uint8 and labels (N,) int64 of the training and test split; mean and std per channel of
+    pixels scaled to [0, 1]."""
+    train_images: torch.Tensor
+    train_labels: torch.Tensor
+    test_images: torch.Tensor
+    test_labels: torch.Tensor
+    classes: list
+    mean: tuple = None
+    std: tuple = None
+
+    def to(self, device):
+        return replace(self, **{k: v.to(device) for k, v in vars(self).items() if isinstance(v, torch.Tensor)})
+
+    def normalise(self, images):
+        """uint8 (N, 3, H, W) -> float32 of about zero mean and unit variance, in channels-last memory."""
+        mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (self.mean, self.std))
+        x = images.contiguous(memory_format=torch.channels_last)
+        return (x / 255 - mean) / std
+
+
+def augment(images, generator):
+    """CIFAR augmentation of a batch (N, 3, H, W): zero-pad by 4 pixels, crop at random, flip half of the images.
+
+    generator: torch.Generator on the device of the images.
+    """
+    n, _, height, width = images.shape
+    draw = lambda high: torch.randint(high, (n,), generator=generator, device=images.device)
+    windows = F.pad(images, (4, 4, 4, 4)).unfold(2, height, 1).unfold(3, width, 1)      # views (N, 3, 9, 9, H, W)
+    crops = windows[torch.arange(n, device=images.device), :, draw(9), draw(9)]
+    return torch.where(draw(2).bool().view(n, 1, 1, 1), crops.flip(3), crops)
+
+
+def load_data(dataset, data_dir, train_size=None):
+    """The Data of one of DATASETS, with its mean and std.
+
+    train_size: keep that many training images, drawn once and for all (the same for every seed).
+    Raises InputError when the files are missing, unreadable or too few.
+    """
+    if dataset == "shapes":
+        data = load_shapes(train_size or SHAPES_TRAIN)
+    elif dataset == "folder":
+        data = load_folder(Path(data_dir))
+    else:
+        data = load_cifar(dataset, data_dir)
+    available = len(data.train_images)
+    if train_size and train_size > available:
+        raise InputError(f"--train-size {train_size} is more than the {available} training images of {dataset}")
+    if train_size:
+        keep = torch.randperm(available, generator=torch.Generator().manual_seed(0))[:train_size]
+        data = replace(data, train_images=data.train_images[keep], train_labels=data.train_labels[keep])
+    mean, std = CIFAR_STATISTICS.get(dataset) or measure_statistics(data.train_images)
+    return replace(data, mean=mean, std=std)
+
+
+def measure_statistics(images):
+    """Mean and standard deviation of each channel of uint8 (N, 3, H, W), as two tuples on the scale of [0, 1]."""
+    levels = torch.arange(256, dtype=torch.float64) / 255
+    counts = torch.stack([torch.bincount(c.flatten(), minlength=256) for c in images.unbind(1)]).double()
+    share = counts / counts.sum(1, keepdim=True)
+    mean = share @ levels
+    std = (share @ levels.square() - mean.square()).sqrt().clamp_min(1e-3)
+    return tuple(mean.tolist()), tuple(std.tolist())
+
+
+CIFAR_STATISTICS = {"cifar10": ((0.4914, 0.4824, 0.4467), (0.2471, 0.2435, 0.2616)),
+                    "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))}
+
+
+def load_cifar(name, data_dir):
+    """CIFAR-10 or CIFAR-100 in its Python form, by torchvision: downloaded to data_dir on first use, md5-checked."""
+    cls = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
+    try:
+        try:
+            splits = [cls(data_dir, train=train) for train in (True, False)]
+        except RuntimeError:                        # not there or damaged
+            splits = [cls(data_dir, train=train, download=True) for train in (True, False)]
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"{name} is not in '{data_dir}' and could not be downloaded ({one_line(error)}): put {cls.filename} "
+                         f"there, from https://www.cs.toronto.edu/~kriz/cifar.html") from error
+    (train_images, train_labels), (test_images, test_labels) = (
+        (torch.from_numpy(s.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(s.targets)) for s in splits)
+    return Data(train_images, train_labels, test_images, test_labels, splits[0].classes)
+
+
+def load_folder(root):
+    """Images of any format and size that Pillow reads, as root/train/<class>/* and root/test/<class>/* (or val),
+    converted to RGB and resized to 32x32. Files whose names begin with a dot are passed over."""
+    transform = v2.Compose([v2.Resize((32, 32)), v2.PILToTensor()])
+    visible = lambda path: not Path(path).name.startswith(".")
+    test = "test" if (root / "test").is_dir() else "val"
+    splits = []
+    for split in ("train", test):
+        if not (root / split).is_dir():
+            raise InputError(f"--data-dir '{root}' has no folder '{split}': expected {root}/train/<class>/* and "
+                             f"{root}/test/<class>/* (or val)")
+        try:
+            splits.append(torchvision.datasets.ImageFolder(str(root / split), transform, is_valid_file=visible))
+        except OSError as error:                    # no class, or a class without images
+            raise InputError(f"'{root / split}': {one_line(error)}") from error
+    train, test = splits
+    if train.classes != test.classes:
+        odd = sorted(set(train.classes) ^ set(test.classes))
+        raise InputError(f"'{train.root}' and '{test.root}' must have the same classes, but only one has {', '.join(odd)}")
+
+    def read(split, i):
+        try:
+            return split[i][0]
+        except Exception as error:                  # Pillow's decoders raise many types
+            raise InputError(f"cannot decode image '{split.samples[i][0]}' ({one_line(error)}): mend or remove it") from error
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        images = [torch.stack(list(pool.map(lambda i, s=s: read(s, i), range(len(s))))) for s in splits]
+    return Data(images[0], torch.tensor(train.targets), images[1], torch.tensor(test.targets), train.classes)
+
+
+SHAPES_TRAIN, SHAPES_CONTRAST, SHAPES_NOISE = 2000, 0.5, 0.1
+SHAPES = {      # points, radius of the notches between them (the points are at 1), direction of the first point
+    "triangle": (3, 0.5, -90), "inverted triangle": (3, 0.5, 90), "square": (4, 0.7071, 45), "diamond": (4, 0.7071, 0),
+    "hexagon": (6, 0.866, 0), "disc": (64, 1, 0), "plus": (4, 0.35, 0), "cross": (4, 0.35, 45), "5-star": (5, 0.45, -90),
+    "8-star": (8, 0.5, 0)}
+
+
+def draw_shapes(n, generator):
+    """n images (n, 3, 32, 32) uint8 of the ten SHAPES in equal numbers, and their labels (n,): a shape of random size,
+    place, tilt and colour on a darker ground, both blotched, under noise."""
+    uniform = lambda low, high, *size: low + (high - low) * torch.rand(*size, generator=generator)
+    labels = (torch.arange(n) % len(SHAPES))[torch.randperm(n, generator=generator)]
+    points, notch, direction = torch.tensor(list(SHAPES.values()))[labels].T[:, :, None, None]      # each (n, 1, 1)
+    pixel = torch.arange(32) - 15.5
+    x, y = pixel[None, :] - uniform(-2, 2, n, 1, 1), pixel[:, None] - uniform(-2, 2, n, 1, 1)       # (n, 32, 32)
+    sector = math.pi / points                                  # angle from a point to the next notch
+    angle = torch.atan2(y, x) - direction.deg2rad() + uniform(-0.2, 0.2, n, 1, 1)
+    angle = sector - (angle.remainder(2 * sector) - sector).abs()           # folded: 0 at a point, `sector` at a notch
+    straight = notch * sector.sin()                            # the edge is a straight line from a point to a notch
+    edge = straight / (straight * angle.cos() + (1 - notch * sector.cos()) * angle.sin())
+    inside = torch.sigmoid(2 * (uniform(8, 13, n, 1, 1) * edge - torch.hypot(x, y)))[:, None]       # soft outline
+    blotches = F.interpolate(uniform(-0.2, 0.2, n, 3, 5, 5), size=32, mode="bicubic")
+    ground = uniform(0, 1 - SHAPES_CONTRAST, n, 3, 1, 1)
+    noise = SHAPES_NOISE * torch.randn(n, 3, 32, 32, generator=generator)
+    images = ground + SHAPES_CONTRAST * inside + blotches + noise
+    return (images.clamp(0, 1) * 255).round().to(torch.uint8), labels
+
+
+def load_shapes(train_size):
+    """`train_size` training and 1,000 test images by draw_shapes, the same at every call."""
+    (train_images, train_labels), (test_images, test_labels) = (
+        draw_shapes(n, torch.Generator().manual_seed(seed)) for seed, n in enumerate((train_size, 1000)))
+    return Data(train_images, train_labels, test_images, test_labels, list(SHAPES))
+
+
+def one_line(error):
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+# ====================================================================================================================
+# Training
+# ====================================================================================================================
+
+
+@dataclass
+class Family:
+    """A network class and how it is trained unless told otherwise."""
+    network: type
+    schedule: str
+    epochs: int
+    shapes: dict         # options that differ on the built-in shapes, so that two CPU cores take two minutes
+
+
+FAMILIES = {
+    "msdnet": Family(MSDNet, "multistep", 300, dict(
+        epochs=3, batch_size=32, schedule="cosine", exits=4, base=1, step=1, step_mode="lin_grow", channels=8, growth=4)),
+    "slimmable": Family(SlimmableMobileNetV1, "cosine", 200, dict(
+        epochs=3, batch_size=32)),
+}
+
+
+def model_options(network):
+    """The keyword arguments of a network class that are options of the command line, and their defaults."""
+    parameters = inspect.signature(network).parameters.values()
+    return {p.name: p.default for p in parameters if p.name != "num_classes"}
+
+
+def build_model(cfg, num_classes):
+    network = FAMILIES[cfg.arch].network
+    try:
+        return network(num_classes, **{name: getattr(cfg, name) for name in model_options(network)})
+    except ValueError as error:
+        raise InputError(f"--arch {cfg.arch}: {error}") from error
+
+
+def lr_factor(schedule, progress):
+    """Learning rate relative to its start, after this share of the training: progress in [0, 1)."""
+    if schedule == "multistep":
+        return 0.1 ** ((progress >= 0.5) + (progress >= 0.75))
+    return 0.5 * (1 + math.cos(math.pi * progress)) if schedule == "cosine" else 1 - progress
+
+
+def train_step(model, images, labels, cfg, kd_weight, scaler, generator):
+    """Gradients of the loss for one batch, added to the parameters'; returns the loss.
+
+    Only one pass's activations are alive at a time: the newest logits meet those of the larger sub-models, which carry
+    no gradient any more, so each backward adds what its own sub-models contribute to L, and the last loss is all of L.
+    """
+    known = []
+    for forward in model.training_passes(generator):
+        with torch.autocast(images.device.type, AMP_TYPES.get(cfg.amp), enabled=cfg.amp in AMP_TYPES):
+            logits = forward(images)
+        loss = ipkd_ta_loss(logits + known, labels, cfg.method, kd_weight, cfg.temperature)
+        scaler.scale(loss).backward()
+        known = [z.detach() for z in logits] + known
+    return loss.detach()
+
+
+AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def train(model, data, cfg, tick):
+    """Train the model in place by SGD; after each epoch yield its record (epoch, lr and kd_weight of the last step,
+    mean loss) and its images per second. tick(share): called after every step with the share of the training done."""
+    device, n = data.train_images.device, len(data.train_images)
+    draws = torch.Generator().manual_seed(cfg.seed)                  # order of the images, widths
+    crops = torch.Generator(device).manual_seed(cfg.seed)
+    optimizer = torch.optim.SGD(model.parameters(), lr=cfg.lr, momentum=0.9, nesterov=True, weight_decay=1e-4)
+    scaler = torch.amp.GradScaler(device.type, enabled=cfg.amp == "fp16")
+    steps_per_epoch = math.ceil(n / cfg.batch_size)
+
+    for epoch in range(cfg.epochs):
+        model.train()
+        start, loss_sum = time.perf_counter(), torch.zeros((), device=device)
+        for i, batch in enumerate(torch.randperm(n, generator=draws).to(device).split(cfg.batch_size)):
+            progress = (epoch + i / steps_per_epoch) / cfg.epochs
+            lr = cfg.lr * lr_factor(cfg.schedule, progress)
+            kd_weight = cfg.kd_weight * min(1, progress / cfg.kd_warmup if cfg.kd_warmup else 1)
+            optimizer.param_groups[0]["lr"] = lr       # of progress alone: no scheduler object, no state to save
+
+            images = data.normalise(augment(data.train_images[batch], crops))
+            loss = train_step(model, images, data.train_labels[batch], cfg, kd_weight, scaler, draws)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            loss_sum += loss * len(batch)
+            tick(progress + 1 / (steps_per_epoch * cfg.epochs))
+        loss = loss_sum.item() / n                     # waits for the device: the clock stops after the last step
+        yield {"epoch": epoch + 1, "lr": lr, "kd_weight": kd_weight, "loss": loss}, n / (time.perf_counter() - start)
+
+
+# ====================================================================================================================
+# Evaluation and report
+# ====================================================================================================================
+
+
+@torch.no_grad()
+def evaluate(model, data, batch_size=250):
+    """Accuracy of every sub-model on the test images, smallest first: list of {"name", "macs", "params", "top1" and
+    "top5" in percent, "loss" (mean cross-entropy)}. In float32."""
+    model.eval()
+    totals = 0
+    for images, labels in zip(data.test_images.split(batch_size), data.test_labels.split(batch_size)):
+        logits = torch.stack(model.all_logits(data.normalise(images)))                     # (K, N, C)
+        hits = logits.topk(min(5, logits.shape[2])).indices == labels[:, None]             # (K, N, 5)
+        loss = F.cross_entropy(logits.movedim(0, 2), labels[:, None].expand(-1, len(logits)), reduction="none")    # (N, K)
+        totals += torch.stack([hits[:, :, 0].sum(1), hits.any(2).sum(1), loss.sum(0)]).double()
+    top1, top5, loss = (totals / len(data.test_images)).tolist()
+    return [{**vars(sub), "top1": 100 * top1[k], "top5": 100 * top5[k], "loss": loss[k]}
+            for k, sub in enumerate(model.sub_models())]
+
+
+def calibration_batches(data, images=2048, batch_size=256):
+    """Training images for `calibrate`: the same ones at every call."""
+    n = len(data.train_images)
+    chosen = torch.randperm(n, generator=torch.Generator().manual_seed(0))[:images].to(data.train_images.device)
+    return [data.normalise(data.train_images[batch]) for batch in chosen.split(batch_size)]
+
+
+def results_table(sub_models):
+    """The list of `evaluate` as aligned text."""
+    rows = [("sub-model", "MMACs", "params", "top-1 %", "top-5 %", "loss")]
+    rows += [(s["name"], f"{s['macs'] / 1e6:.2f}", f"{s['params']:,}", f"{s['top1']:.2f}", f"{s['top5']:.2f}",
+              f"{s['loss']:.4f}") for s in sub_models]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:]))])
+                     for row in rows)
+
+
+def report(directories):
+    """All results.json below the directories as Markdown: a table for each setting, a row for each sub-model, a column
+    for each method with the top-1 accuracy as mean ± sample standard deviation over the runs."""
+    runs = [read_results(path) for path in sorted({p.resolve() for d in directories for p in Path(d).rglob("results.json")})]
+    if not runs:
+        raise InputError(f"--report: no results.json below {', '.join(map(str, directories))}")
+    per_run = {"method", "seed", "out", "data_dir", "device"}        # whatever else differs makes another setting
+    settings = {}
+    for run in runs:
+        setting = tuple(sorted((k, str(v)) for k, v in run["config"].items() if k not in per_run))
+        settings.setdefault(setting, []).append(run)
+    differing = {k for k, v in set().union(*settings) if any((k, v) not in setting for setting in settings)}
+
+    lines = []
+    for setting, group in sorted(settings.items()):
+        cfg = group[0]["config"]
+        methods = [m for m in METHODS if any(run["config"]["method"] == m for run in group)]
+        seeds = {m: [run["config"]["seed"] for run in group if run["config"]["method"] == m] for m in methods}
+        details = [f"{k} {v}" for k, v in setting if k in differing - {"arch", "dataset", "epochs", "train_size"}]
+        lines += [f"### {cfg['arch']} on {cfg['dataset']}", "",
+                  ", ".join([f"{cfg['epochs']} epochs of {cfg['train_size']:,} images", "top-1 in %", *details]), "",
+                  "| sub-model | MMACs | params | " + " | ".join(
+                      f"{m} ({len(s)} {'run' if len(s) == 1 else 'runs'})" for m, s in seeds.items()) + " |",
+                  "|---" + "|---:" * (2 + len(methods)) + "|"]
+        for k, sub in enumerate(group[0]["sub_models"]):
+            cells = [mean_and_deviation([run["sub_models"][k]["top1"] for run in group if run["config"]["method"] == m])
+                     for m in methods]
+            lines.append(f"| {sub['name']} | {sub['macs'] / 1e6:.2f} | {sub['params']:,} | {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def mean_and_deviation(values):
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{spread}"
+
+
+def read_results(path):
+    try:
+        run = json.loads(path.read_text())
+        wanted = [run["config"][k] for k in ("arch", "dataset", "method", "seed", "epochs", "train_size")]
+        wanted += [sub[k] for sub in run["sub_models"] for k in ("name", "macs", "params", "top1")]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"'{path}' is not the results.json of a run ({type(error).__name__}: {one_line(error)})") from error
+    return run
+
+
+# ====================================================================================================================
+# Command line
+# ====================================================================================================================
+
+METHODS = ("ce", "ipkd", "ipkd-ta")
+DATASETS = ("shapes", "cifar10", "cifar100", "folder")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise InputError(f"{message} (see --help)")
+
+
+def number(kind, low, high=math.inf, above=False):
+    """Type of an option: an int or float in [low, high], or in (low, high] if `above`."""
+    def parse(text):
+        bounds = f"{'above' if above else 'at least'} {low}" + (f" and at most {high}" if high < math.inf else "")
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (low < value if above else low <= value) or not value <= high or value == math.inf:
+            raise argparse.ArgumentTypeError(f"must be {'a whole number' if kind is int else 'a number'} {bounds}, got '{text}'")
+        return value
+    return parse
+
+
+def build_parser():
+    """The parser, which fills in no defaults so that what was given can be told apart, and the defaults."""
+    parser = Parser(prog="ipkd_ta.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
+                    description="Train a flexible network by inplace knowledge distillation with teacher assistant, and "
+                                "report the cost and accuracy of each of its sub-models.")
+    defaults = {}
+
+    def add(group, flag, default, text, shown=None, **kwargs):
+        defaults[flag.lstrip("-").replace("-", "_")] = default
+        group.add_argument(flag, help=f"{text} (default: {shown or default})", **kwargs)
+
+    count, share = number(int, 1), number(float, 0, 1)
+    g = parser.add_argument_group("what to train")
+    add(g, "--arch", "msdnet", "network: multi-exit MSDNet or slimmable MobileNet-V1", choices=tuple(FAMILIES))
+    add(g, "--dataset", "shapes", "images; shapes are built in, cifar10 and cifar100 are downloaded on first use", choices=DATASETS)
+    add(g, "--data-dir", "data", "where CIFAR is kept; for folder: holds train/<class>/* and test/<class>/* (or val)", metavar="DIR")
+    add(g, "--train-size", None, "train on so many images, chosen at random", f"all; shapes: {SHAPES_TRAIN}", type=count, metavar="N")
+
+    g = parser.add_argument_group("distillation")
+    add(g, "--method", "ipkd-ta", "teacher of a sub-model: none, the largest, or the next larger one", choices=METHODS)
+    add(g, "--kd-weight", 0.5, "weight of the teacher against the labels, 0 to 1", type=share, metavar="X")
+    add(g, "--kd-warmup", 1.0, "share of training over which that weight rises from 0, 0 to 1", type=share, metavar="X")
+    add(g, "--temperature", 1.0, "softmax temperature of the distillation", type=number(float, 0, above=True), metavar="X")
+
+    g = parser.add_argument_group("training")
+    by_family = lambda name: ", ".join(f"{arch} {getattr(f, name)}" for arch, f in FAMILIES.items())
+    add(g, "--epochs", None, "passes over the training images", by_family("epochs"), type=count, metavar="N")
+    add(g, "--batch-size", 64, "images per step", type=count, metavar="N")
+    add(g, "--lr", 0.1, "initial learning rate of SGD", type=number(float, 0, above=True), metavar="X")
+    add(g, "--schedule", None, "multistep: x 0.1 at 50 %% and 75 %% of training; cosine and linear: down to 0", by_family("schedule"),
+        choices=("multistep", "cosine", "linear"))
+    add(g, "--seed", 0, "of the weights, the order and augmentation of images, and the widths", type=number(int, 0, 2**63 - 1), metavar="N")
+
+    g = parser.add_argument_group("machine")
+    add(g, "--device", "auto", "auto (cuda if there is one, else cpu), cpu, cuda, cuda:1, ...", metavar="NAME")
+    add(g, "--amp", "auto", "mixed precision; auto: bf16 or else fp16 on cuda, off elsewhere", choices=("auto", "off", "bf16", "fp16"))
+
+    g, own = parser.add_argument_group("--arch msdnet"), model_options(MSDNet)
+    add(g, "--exits", own["exits"], "classifiers: the sub-models", type=count, metavar="N")
+    add(g, "--base", own["base"], "layers before the first exit", type=count, metavar="N")
+    add(g, "--step", own["step"], "layers between one exit and the next", type=count, metavar="N")
+    add(g, "--step-mode", own["step_mode"], "lin_grow: STEP * i + 1 layers in block i + 1 instead", choices=("even", "lin_grow"))
+    add(g, "--channels", own["channels"], "channels of the first layer at the finest scale", type=count, metavar="N")
+    add(g, "--growth", own["growth"], "channels that a layer adds at the finest scale", type=count, metavar="N")
+
+    g, own = parser.add_argument_group("--arch slimmable"), model_options(SlimmableMobileNetV1)
+    add(g, "--widths", own["widths"], "width multipliers, ascending in (0, 1]: the sub-models; with --eval, those to evaluate",
+        " ".join(map(str, own["widths"])), type=number(float, 0, 1, above=True), nargs="+", metavar="X")
+    add(g, "--bn", own["bn"], "one BatchNorm for all widths, calibrated after training, or one for each of --widths",
+        choices=("universal", "switchable"))
+
+    g = parser.add_argument_group("files and other modes")
+    add(g, "--out", None, "directory for config.json, metrics.jsonl, checkpoint.pt and results.json; with --eval, for results.json",
+        "runs/ARCH-DATASET-METHOD-seedN", metavar="DIR")
+    add(g, "--overwrite", False, "replace the run that --out holds", "refuse", action="store_true")
+    modes = g.add_mutually_exclusive_group()
+    modes.add_argument("--eval", metavar="CHECKPOINT", help="evaluate a checkpoint.pt instead of training")
+    modes.add_argument("--report", nargs="+", metavar="DIR", help="print the results.json files below the directories as Markdown tables")
+    return parser, defaults
+
+
+def parse(argv):
+    """Options given on the command line, as a dict, checked one by one, and all defaults."""
+    parser, defaults = build_parser()
+    return vars(parser.parse_args(argv)), defaults
+
+
+def settle(given, defaults):
+    """The configuration of a training run: what was given, completed by defaults and checked as a whole."""
+    cfg = SimpleNamespace(**{**defaults, **given})
+    family = FAMILIES[cfg.arch]
+    for arch, other in FAMILIES.items():
+        for name in model_options(other.network):
+            if arch != cfg.arch:
+                delattr(cfg, name)
+                if name in given:
+                    raise InputError(f"--{name.replace('_', '-')} is an option of --arch {arch} and has no meaning for --arch {cfg.arch}")
+    if cfg.dataset == "shapes":
+        vars(cfg).update({**family.shapes, **given})
+    cfg.epochs = cfg.epochs or family.epochs
+    cfg.schedule = cfg.schedule or family.schedule
+    return cfg
+
+
+def pick_device(name):
+    """torch.device of --device, made sure of."""
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name} cannot be used here ({one_line(error)[:200]})") from error
+    return device
+
+
+def pick_amp(name, device):
+    if name != "auto":
+        return name
+    if device.type != "cuda":
+        return "off"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def run_training(cfg):
+    """Train, print and write everything that a run consists of, into its directory."""
+    device = pick_device(cfg.device)
+    cfg.device, cfg.amp = str(device), pick_amp(cfg.amp, device)
+    cfg.out = cfg.out or free_name(f"runs/{cfg.arch}-{cfg.dataset}-{cfg.method}-seed{cfg.seed}")
+    files = ["config.json", "metrics.jsonl", "checkpoint.pt", "results.json"]
+    out = run_directory(cfg.out, cfg.overwrite, files)
+    start = time.perf_counter()
+    data = load_data(cfg.dataset, cfg.data_dir, cfg.train_size).to(device)
+    cfg.train_size = len(data.train_images)
+    torch.manual_seed(cfg.seed)
+    model = build_model(cfg, len(data.classes)).to(device, memory_format=torch.channels_last)
+    names = [sub.name for sub in model.sub_models()]
+    print(f"{cfg.arch} on {cfg.dataset}, method {cfg.method}: {len(names)} sub-models, {sum(p.numel() for p in model.parameters()):,} "
+          f"parameters; {len(data.train_images):,} training and {len(data.test_images):,} test images of {len(data.classes)} "
+          f"classes, loaded in {time.perf_counter() - start:.1f} s; {cfg.device}, amp {cfg.amp}; writing to {out}", flush=True)
+
+    start, progress = time.perf_counter(), Progress()
+    for name in files:
+        (out / name).unlink(missing_ok=True)
+    write_json(out / "config.json", vars(cfg))
+    for record, speed in train(model, data, cfg, progress):
+        model.calibrate(calibration_batches(data))
+        sub_models = evaluate(model, data)
+        record["top1"] = [sub["top1"] for sub in sub_models]
+        with open(out / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(record) + "\n")
+        checkpoint = {"config": vars(cfg), "classes": data.classes, "mean": data.mean, "std": data.std,
+                      "epoch": record["epoch"], "model": model.state_dict()}
+        replace_file(out / "checkpoint.pt", lambda temporary: torch.save(checkpoint, temporary))
+        progress.clear()
+        print(f"epoch {record['epoch']:{len(str(cfg.epochs))}}/{cfg.epochs}  lr {record['lr']:.4f}  loss {record['loss']:.4f}  {speed:.0f} images/s  "
+              f"top-1 {names[0]} {record['top1'][0]:.2f} %, {names[-1]} {record['top1'][-1]:.2f} %", flush=True)
+    write_results(out, cfg, sub_models, seconds=round(time.perf_counter() - start, 1))
+    print(results_table(sub_models))
+
+
+def run_evaluation(given):
+    """Evaluate a checkpoint as its run did; slimmable networks with universal BatchNorm at any --widths."""
+    unused = sorted(set(given) - {"eval", "data_dir", "device", "widths", "out", "overwrite"})
+    if unused:
+        raise InputError(f"--{unused[0].replace('_', '-')} has no meaning with --eval, which takes the options of the checkpoint's run")
+    checkpoint = load_checkpoint(Path(given["eval"]))
+    cfg = SimpleNamespace(**checkpoint["config"])
+    if "widths" in given and cfg.arch != "slimmable":
+        raise InputError(f"--widths is an option of --arch slimmable, and '{given['eval']}' holds a network of --arch {cfg.arch}")
+    device = pick_device(given.get("device", "auto"))
+    cfg.data_dir, cfg.device = given.get("data_dir", cfg.data_dir), str(device)
+    out = run_directory(given["out"], given.get("overwrite", False), ["results.json"]) if "out" in given else None
+
+    data = load_data(cfg.dataset, cfg.data_dir, cfg.train_size).to(device)
+    if data.classes != checkpoint["classes"]:
+        raise InputError(f"the classes of '{cfg.data_dir}' are not those of '{given['eval']}'")
+    data = replace(data, mean=checkpoint["mean"], std=checkpoint["std"])
+    model = build_model(cfg, len(data.classes)).to(device, memory_format=torch.channels_last)
+    try:
+        model.load_state_dict(checkpoint["model"])
+        if "widths" in given:
+            cfg.widths = model.widths = tuple(sorted(set(given["widths"])))
+        model.calibrate(calibration_batches(data))
+        sub_models = evaluate(model, data)
+    except (RuntimeError, ValueError) as error:          # weights of another network, widths that it does not offer
+        raise InputError(f"'{given['eval']}': {one_line(error)}") from error
+    print(results_table(sub_models))
+    if out:
+        write_results(out, cfg, sub_models)
+
+
+def run_directory(out, overwrite, files):
+    """Path of the directory, made if need be, which holds none of the files unless they may be overwritten."""
+    out = Path(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out '{out}' cannot be made a directory ({one_line(error)})") from error
+    present = [name for name in files if (out / name).exists()]
+    if present and not overwrite:
+        raise InputError(f"--out '{out}' already holds {', '.join(present)}: choose another directory, or --overwrite")
+    return out
+
+
+def free_name(path):
+    """The path, or the first of path-2, path-3, ... that does not exist."""
+    n = 1
+    while os.path.exists(path if n == 1 else f"{path}-{n}"):
+        n += 1
+    return path if n == 1 else f"{path}-{n}"
+
+
+def write_results(out, cfg, sub_models, **more):
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "torchvision": torchvision.__version__}
+    write_json(out / "results.json", {"config": vars(cfg), "sub_models": sub_models, "versions": versions, **more})
+
+
+def write_json(path, content):
+    replace_file(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n"))
+
+
+def replace_file(path, write):
+    """Let write(temporary path) make the new content, and put it in place in one step: never half a file."""
+    temporary = path.with_name(path.name + ".tmp")
+    write(temporary)
+    os.replace(temporary, path)
+
+
+def load_checkpoint(path):
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        missing = {"config", "classes", "mean", "std", "epoch", "model"} - set(checkpoint)
+    except Exception as error:              # not there, damaged, or not a checkpoint: torch raises many types
+        raise InputError(f"cannot read checkpoint '{path}' ({type(error).__name__}: {one_line(error)[:200]})") from error
+    if missing:
+        raise InputError(f"'{path}' is not a checkpoint of this program: it lacks {', '.join(sorted(missing))}")
+    return checkpoint
+
+
+class Progress:
+    """One live line on stderr with the share done and the time left; nothing when stderr is not a terminal."""
+
+    def __init__(self):
+        self.shown = self.start = time.perf_counter()
+        self.live = sys.stderr.isatty()
+
+    def __call__(self, share):
+        now = time.perf_counter()
+        if self.live and now - self.shown > 0.2:
+            self.shown, left = now, (now - self.start) * (1 - share) / share
+            print(f"\r\x1b[K{share:6.1%} done, {time.strftime('%H:%M:%S', time.gmtime(left))} left", end="", file=sys.stderr, flush=True)
+
+    def clear(self):
+        if self.live:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def keep_freed_memory():
+    """Have glibc keep freed memory instead of giving it back to the system: every step needs the same amounts again,
+    and fetching them anew costs a CPU step a third of its time or more."""
+    if sys.platform == "linux":
+        try:
+            libc = ctypes.CDLL("libc.so.6")
+            libc.mallopt(-4, 0)             # M_MMAP_MAX: no separate mappings for large blocks
+            libc.mallopt(-1, 2**31 - 1)     # M_TRIM_THRESHOLD: do not shrink the heap
+        except (OSError, AttributeError):   # another C library
+            pass
+
+
+def main(argv=None):
+    """Run the command line; the exit status: 0 = finished, 2 = bad options or input."""
+    try:
+        given, defaults = parse(argv)
+        keep_freed_memory()
+        if "report" in given:
+            print(report(given["report"]))
+        elif "eval" in given:
+            run_evaluation(given)
+        else:
+            run_training(settle(given, defaults))
+    except InputError as error:
+        print(f"ipkd_ta.py: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
