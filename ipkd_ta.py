@@ -173,9 +173,9 @@ class SlimmableMobileNetV1(nn.Module):
     def _layers(self, width, tracked):
         """Of each layer at `width`: its conv, weight slice, running mean and variance (None unless tracked), gamma, beta."""
         width = float(width)
-        counts, key = self.channels(width), self._key(width)
         if not self.low <= width <= self.high:
             raise ValueError(f"width {width} is outside the trained range [{self.low}, {self.high}]")
+        counts, key = self.channels(width), self._key(width)
         if self.bn == "switchable" and key not in self.norms:
             raise ValueError(f"width {width} was not trained: a switchable model offers the widths {list(self.norms)} alone")
         if tracked and key not in self.norms:
@@ -227,7 +227,7 @@ class SlimmableMobileNetV1(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, *args):
         for key in {name[len(prefix):].split(".")[1] for name in state_dict if name.startswith(prefix + "norms.")}:
             if key not in self.norms:                   # a width that had been calibrated when the state was saved
-                self._add_norms(key.replace("_", "."))
+                self._add_norms(float(key.replace("_", ".")))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def sub_models(self):
@@ -531,7 +531,7 @@ def load_folder(root):
     return Data(images[0], torch.tensor(train.targets), images[1], torch.tensor(test.targets), train.classes)
 
 
-SHAPES_TRAIN, SHAPES_CONTRAST, SHAPES_NOISE = 2000, 0.5, 0.1
+SHAPES_TRAIN, SHAPES_TEST, SHAPES_CONTRAST, SHAPES_NOISE = 2000, 1000, 0.5, 0.1
 SHAPES = {      # points, radius of the notches between them (the points are at 1), direction of the first point
     "triangle": (3, 0.5, -90), "inverted triangle": (3, 0.5, 90), "square": (4, 0.7071, 45), "diamond": (4, 0.7071, 0),
     "hexagon": (6, 0.866, 0), "disc": (64, 1, 0), "plus": (4, 0.35, 0), "cross": (4, 0.35, 45), "5-star": (5, 0.45, -90),
@@ -560,9 +560,9 @@ def draw_shapes(n, generator):
 
 
 def load_shapes(train_size):
-    """`train_size` training and 1,000 test images by draw_shapes, the same at every call."""
+    """`train_size` training and SHAPES_TEST test images by draw_shapes, the same at every call."""
     (train_images, train_labels), (test_images, test_labels) = (
-        draw_shapes(n, torch.Generator().manual_seed(seed)) for seed, n in enumerate((train_size, 1000)))
+        draw_shapes(n, torch.Generator().manual_seed(seed)) for seed, n in enumerate((train_size, SHAPES_TEST)))
     return Data(train_images, train_labels, test_images, test_labels, list(SHAPES))
 
 
@@ -613,6 +613,11 @@ def lr_factor(schedule, progress):
     return 0.5 * (1 + math.cos(math.pi * progress)) if schedule == "cosine" else 1 - progress
 
 
+def ramp(progress, share):
+    """From 0 to 1 over this share of the training, then 1."""
+    return min(1, progress / share) if share else 1
+
+
 def train_step(model, images, labels, cfg, kd_weight, scaler, generator):
     """Gradients of the loss for one batch, added to the parameters'; returns the loss.
 
@@ -646,9 +651,9 @@ def train(model, data, cfg, tick):
         model.train()
         start, loss_sum = time.perf_counter(), torch.zeros((), device=device)
         for i, batch in enumerate(torch.randperm(n, generator=draws).to(device).split(cfg.batch_size)):
-            progress = (epoch + i / steps_per_epoch) / cfg.epochs
-            lr = cfg.lr * lr_factor(cfg.schedule, progress)
-            kd_weight = cfg.kd_weight * min(1, progress / cfg.kd_warmup if cfg.kd_warmup else 1)
+            progress = (epoch + (i + 0.5) / steps_per_epoch) / cfg.epochs        # of the middle of this step
+            lr = cfg.lr * lr_factor(cfg.schedule, progress) * ramp(progress, cfg.lr_warmup)
+            kd_weight = cfg.kd_weight * ramp(progress, cfg.kd_warmup)
             optimizer.param_groups[0]["lr"] = lr       # of progress alone: no scheduler object, no state to save
 
             images = data.normalise(augment(data.train_images[batch], crops))
@@ -657,7 +662,7 @@ def train(model, data, cfg, tick):
             scaler.update()
             optimizer.zero_grad()
             loss_sum += loss * len(batch)
-            tick(progress + 1 / (steps_per_epoch * cfg.epochs))
+            tick(progress)
         loss = loss_sum.item() / n                     # waits for the device: the clock stops after the last step
         yield {"epoch": epoch + 1, "lr": lr, "kd_weight": kd_weight, "loss": loss}, n / (time.perf_counter() - start)
 
@@ -805,6 +810,7 @@ def build_parser():
     add(g, "--lr", 0.1, "initial learning rate of SGD", type=number(float, 0, above=True), metavar="X")
     add(g, "--schedule", None, "multistep: x 0.1 at 50 %% and 75 %% of training; cosine and linear: down to 0", by_family("schedule"),
         choices=("multistep", "cosine", "linear"))
+    add(g, "--lr-warmup", 0.05, "share of training over which the learning rate rises from 0, 0 to 1", type=share, metavar="X")
     add(g, "--seed", 0, "of the weights, the order and augmentation of images, and the widths", type=number(int, 0, 2**63 - 1), metavar="N")
 
     g = parser.add_argument_group("machine")

@@ -1,0 +1,927 @@
+"""Tests of ipkd_ta.py: against closed forms, reference numbers and independent constructions. No network, no GPU needed.
+
+    pip install torch torchvision pytest && pytest
+
+Set IPKD_TA_IMAGES to a directory with train/<class>/* and test/<class>/* to run the tests on real images as well.
+"""
+import hashlib
+import inspect
+import json
+import math
+import os
+import pickle
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+from torch.nn import functional as F
+
+import ipkd_ta
+from ipkd_ta import InputError, MSDNet, SlimmableMobileNetV1, ipkd_ta_loss, sandwich_widths
+
+HERE = Path(__file__).parent
+METHODS = ("ce", "ipkd", "ipkd-ta")
+TINY = {"msdnet": ["--arch", "msdnet", "--exits", "3", "--base", "1", "--step", "1", "--channels", "4", "--growth", "2"],
+        "slimmable": ["--arch", "slimmable", "--widths", "0.05", "0.1", "0.15"]}
+QUICK = ["--epochs", "1", "--train-size", "40", "--batch-size", "16"]
+
+
+@pytest.fixture(autouse=True)
+def few_test_images(monkeypatch):
+    monkeypatch.setattr(ipkd_ta, "SHAPES_TEST", 50)
+
+
+def run(*args):
+    """The command line in this process: its exit status."""
+    return ipkd_ta.main([str(a) for a in args])
+
+
+def results(out):
+    return json.loads((Path(out) / "results.json").read_text())
+
+
+def random_logits(k, n=6, classes=5, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(k)
+    return ([torch.randn(n, classes, generator=generator, dtype=dtype).mul(3).requires_grad_() for _ in range(k)],
+            torch.randint(classes, (n,), generator=generator))
+
+
+# ---------------------------------------------------------------------------------------------------------- the loss
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kd_weight, temperature", [(0.0, 1.0), (0.3, 1.0), (0.5, 4.0), (1.0, 0.5)])
+def test_gradients_equal_the_closed_form(method, kd_weight, temperature):
+    logits, target = random_logits(4)
+    ipkd_ta_loss(logits, target, method, kd_weight, temperature).backward()
+    n, onehot = len(target), F.one_hot(target, 5).double()
+    weight = 0 if method == "ce" else kd_weight
+    with torch.no_grad():
+        for k, z in enumerate(logits):
+            if k == 3:
+                expected = (z.softmax(1) - onehot) / n
+            else:
+                teacher = logits[3 if method == "ipkd" else k + 1]
+                soft = (z / temperature).softmax(1) - (teacher / temperature).softmax(1)
+                expected = (weight * temperature * soft + (1 - weight) * (z.softmax(1) - onehot)) / n
+            torch.testing.assert_close(z.grad, expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_value_equals_the_formula_summed_by_hand(method):
+    logits, target = random_logits(3, n=2, classes=3)
+    weight, tau = 0.4, 2.5
+
+    def p(k, i, temperature):
+        e = [math.exp(v / temperature) for v in logits[k][i].tolist()]
+        return [v / sum(e) for v in e]
+
+    total = 0
+    for i, y in enumerate(target.tolist()):
+        total -= math.log(p(2, i, 1)[y])
+        for k in (0, 1):
+            ce = -math.log(p(k, i, 1)[y])
+            teacher = p(2 if method == "ipkd" else k + 1, i, tau)
+            kl = sum(t * math.log(t / s) for t, s in zip(teacher, p(k, i, tau)))
+            total += ce if method == "ce" else (1 - weight) * ce + weight * tau**2 * kl
+    assert ipkd_ta_loss(logits, target, method, weight, tau).item() == pytest.approx(total / 2, rel=1e-12)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_single_sub_model_learns_by_plain_cross_entropy(method):
+    logits, target = random_logits(1)
+    assert ipkd_ta_loss(logits, target, method, 0.7, 3.0).equal(F.cross_entropy(logits[0], target))
+
+
+def test_with_two_sub_models_both_distillations_are_identical():
+    logits, target = random_logits(2, dtype=torch.float32)
+    assert ipkd_ta_loss(logits, target, "ipkd", 0.7, 3.0).equal(ipkd_ta_loss(logits, target, "ipkd-ta", 0.7, 3.0))
+
+
+def test_without_kd_weight_all_methods_are_identical():
+    logits, target = random_logits(4, dtype=torch.float32)
+    a, b, c = (ipkd_ta_loss(logits, target, method, 0.0, 2.0) for method in METHODS)
+    assert a.equal(b) and b.equal(c)
+
+
+def test_no_gradient_flows_into_a_teacher():
+    logits, target = random_logits(3)
+    distilled = ipkd_ta_loss(logits, target, "ipkd-ta", 1.0, 2.0)
+    labels_alone = F.cross_entropy(logits[2], target)      # all that the largest may learn from
+    gradient, = torch.autograd.grad(distilled, logits[2], retain_graph=True)
+    expected, = torch.autograd.grad(labels_alone, logits[2])
+    assert gradient.equal(expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_loss_and_gradients_are_finite_for_logits_of_any_magnitude(method):
+    extremes = torch.tensor([[1e4, -1e4, 0], [-1e4, 1e4, 1e4]])
+    logits = [(sign * extremes).requires_grad_() for sign in (1, -1, 1)]
+    loss = ipkd_ta_loss(logits, torch.tensor([1, 0]), method)
+    loss.backward()
+    assert loss.isfinite() and all(z.grad.isfinite().all() for z in logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_logits_are_computed_in_float32_also_under_autocast(dtype):
+    logits, target = random_logits(3, dtype=torch.float32)
+    half = [z.detach().to(dtype) for z in logits]
+    expected = ipkd_ta_loss([z.float() for z in half], target, "ipkd-ta", 0.5, 2.0)
+    with torch.autocast("cpu", dtype):
+        loss = ipkd_ta_loss(half, target, "ipkd-ta", 0.5, 2.0)
+    assert loss.dtype == torch.float32 and loss.equal(expected)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"logits": []}, "non-empty"), ({"logits": [torch.zeros(6, 5), torch.zeros(6, 4)]}, r"\(6, 4\)"),
+    ({"logits": [torch.zeros(6)]}, r"\(6,\)"), ({"method": "kd"}, "'kd'"), ({"kd_weight": 1.5}, "1.5"),
+    ({"kd_weight": math.nan}, "nan"), ({"temperature": 0.0}, "0.0")])
+def test_loss_names_the_wrong_argument(change, message):
+    logits, target = random_logits(2)
+    with pytest.raises(ValueError, match=message):
+        ipkd_ta_loss(**{"logits": logits, "target": target, **change})
+
+
+@pytest.mark.parametrize("thing, use", [
+    (ipkd_ta_loss, "ipkd_ta_loss([torch.zeros(2, 3)] * 3, torch.tensor([0, 1])).item()"),
+    (sandwich_widths, "sandwich_widths(4, 0.25, 1.0)"),
+    (MSDNet, "MSDNet(10, exits=2, base=1)(torch.zeros(2, 3, 32, 32)), MSDNet(10).sub_models()"),
+    (SlimmableMobileNetV1, "m = SlimmableMobileNetV1(10); m.sub_models(); m(torch.zeros(2, 3, 32, 32), 0.3); "
+                           "m.calibrate([torch.zeros(2, 3, 32, 32)], [0.3]); m.eval()(torch.zeros(2, 3, 32, 32), 0.3)")])
+def test_copied_source_needs_nothing_but_the_imports(thing, use):
+    imports = "\n".join(line for line in (HERE / "ipkd_ta.py").read_text().splitlines() if line.startswith(("import ", "from ")))
+    exec(f"{imports}\n{inspect.getsource(thing)}\n{use}", {})
+
+
+# ------------------------------------------------------------------------------------------------- the sandwich rule
+
+
+def test_sandwich_has_both_ends_in_descending_order_and_follows_the_seed():
+    draw = lambda seed: sandwich_widths(6, 0.25, 1.0, torch.Generator().manual_seed(seed))
+    widths = draw(0)
+    assert len(widths) == 6 and widths == sorted(widths, reverse=True)
+    assert widths[0] == 1.0 and widths[-1] == 0.25
+    assert widths == draw(0) != draw(1)
+    assert sandwich_widths(2, 0.5, 0.75) == [0.75, 0.5]
+
+
+def test_drawn_widths_are_uniform_over_the_range():
+    drawn = torch.tensor(sandwich_widths(100_002, 0.2, 1.0, torch.Generator().manual_seed(0))[1:-1])
+    quantiles = drawn.quantile(torch.tensor([0.1, 0.25, 0.5, 0.75, 0.9]))
+    torch.testing.assert_close(quantiles, 0.2 + 0.8 * torch.tensor([0.1, 0.25, 0.5, 0.75, 0.9]), atol=0.01, rtol=0)
+
+
+@pytest.mark.parametrize("args", [(1, 0.25, 1.0), (4, 1.0, 0.25), (4, 0.0, 1.0), (4, 0.5, 0.5)])
+def test_sandwich_refuses_an_empty_range(args):
+    with pytest.raises(ValueError, match=f"n={args[0]}, low={args[1]}, high={args[2]}"):
+        sandwich_widths(*args)
+
+
+# ------------------------------------------------------------------------------------------- slimmable MobileNet-V1
+
+
+@pytest.mark.parametrize("bn", ["universal", "switchable"])
+@pytest.mark.parametrize("classes, reference", [
+    (100, [(3_354_112, 238_772), (12_213_248, 869_892), (26_577_408, 1_893_460), (46_446_592, 3_309_476)]),
+    (10, [(3_331_072, 215_642), (12_167_168, 823_722), (26_508_288, 1_824_250), (46_354_432, 3_217_226)])])
+def test_slimmable_cost_equals_the_reference_table(bn, classes, reference):
+    subs = SlimmableMobileNetV1(classes, bn=bn).sub_models()
+    assert [(s.macs, s.params) for s in subs] == reference
+    assert [s.name for s in subs] == ["width-0.25", "width-0.5", "width-0.75", "width-1"]
+
+
+def test_universal_model_holds_no_more_parameters_than_its_largest_width():
+    for high in (0.5, 1.0):
+        model = SlimmableMobileNetV1(10, widths=(0.25, high))
+        assert sum(p.numel() for p in model.parameters()) == model.sub_models()[-1].params
+
+
+@pytest.mark.parametrize("width, stem_to_last", [
+    (0.25, (8, 16, 32, 64, 128, 256)), (0.5, (16, 32, 64, 128, 256, 512)), (0.75, (24, 48, 96, 192, 384, 768)),
+    (1.0, (32, 64, 128, 256, 512, 1024)), (0.3, (16, 24, 40, 80, 152, 304)), (0.01, (8, 8, 8, 8, 8, 16))])
+def test_channels_are_multiples_of_8_near_the_exact_count_and_never_below_90_percent(width, stem_to_last):
+    counts = SlimmableMobileNetV1(10).channels(width)
+    assert (counts[0], *dict(zip((64, 128, 256, 512, 1024), (counts[i] for i in (2, 4, 8, 12, 24)))).values()) == stem_to_last
+    assert counts[1::2] == counts[:-1:2]         # a depthwise convolution keeps its input's channels
+
+
+def plain_mobilenet(counts, classes):
+    """An ordinary MobileNet-V1 for CIFAR with these numbers of channels: stem, then 13 outputs of blocks."""
+    strides = [1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1]
+    layers = [nn.Conv2d(3, counts[0], 3, 1, 1, bias=False), nn.BatchNorm2d(counts[0]), nn.ReLU6()]
+    for c_in, c_out, stride in zip(counts, counts[1:], strides, strict=False):
+        layers += [nn.Conv2d(c_in, c_in, 3, stride, 1, groups=c_in, bias=False), nn.BatchNorm2d(c_in), nn.ReLU6(),
+                   nn.Conv2d(c_in, c_out, 1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU6()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(counts[-1], classes))
+
+
+def given_sliced_weights(model, width):
+    """plain_mobilenet at this width, with the first channels of the weights of the slimmable model, by state_dict."""
+    scaled = [max(8, 8 * math.floor(c * width / 8 + 0.5)) for c in
+              (32, 64, 128, 128, 256, 256, 512, 512, 512, 512, 512, 512, 1024, 1024)]
+    scaled = [c if c >= 0.9 * base * width else c + 8 for c, base in
+              zip(scaled, (32, 64, 128, 128, 256, 256, 512, 512, 512, 512, 512, 512, 1024, 1024))]
+    plain = plain_mobilenet(scaled, model.classifier.out_features)
+    theirs, i = model.state_dict(), 0
+    key = "norms." + str(width).replace(".", "_")
+    affine = "affine" if model.bn == "universal" else key
+    with torch.no_grad():
+        for module in plain:
+            cut = lambda name, like: theirs[name][tuple(slice(n) for n in like.shape)]
+            if isinstance(module, nn.Conv2d):
+                module.weight.copy_(cut(f"convs.{i}.weight", module.weight))
+            elif isinstance(module, nn.BatchNorm2d):
+                module.weight.copy_(cut(f"{affine}.{i}.weight", module.weight))
+                module.bias.copy_(cut(f"{affine}.{i}.bias", module.bias))
+                if f"{key}.{i}.running_mean" in theirs:
+                    module.running_mean.copy_(theirs[f"{key}.{i}.running_mean"])
+                    module.running_var.copy_(theirs[f"{key}.{i}.running_var"])
+                i += 1
+            elif isinstance(module, nn.Linear):
+                module.weight.copy_(cut("classifier.weight", module.weight))
+                module.bias.copy_(theirs["classifier.bias"])
+    return plain
+
+
+def shaken(model):
+    """The model with BatchNorm parameters that are not their initial ones and zeros."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.ndim == 1:
+                p.add_(0.3 * torch.randn(p.shape, generator=generator))
+    return model
+
+
+@pytest.mark.parametrize("bn, width", [("universal", w) for w in (0.25, 0.3, 0.55, 1.0)] + [("switchable", w) for w in (0.25, 0.75)])
+def test_logits_equal_those_of_an_ordinary_mobilenet_given_the_sliced_weights(bn, width):
+    torch.manual_seed(0)
+    model, x = shaken(SlimmableMobileNetV1(10, bn=bn)), torch.randn(8, 3, 32, 32)
+    plain = given_sliced_weights(model, width)
+    torch.testing.assert_close(model(x, width), plain(x), rtol=1e-4, atol=1e-5)             # batch statistics
+    model.calibrate([x, x.flip(0) * 2], [width])
+    model.eval()
+    torch.testing.assert_close(model(x, width), given_sliced_weights(model, width).eval()(x), rtol=1e-4, atol=1e-5)
+
+
+def test_calibrated_statistics_equal_those_computed_directly_over_the_same_images():
+    torch.manual_seed(0)
+    model = shaken(SlimmableMobileNetV1(10))
+    batches = [torch.randn(8, 3, 32, 32), torch.randn(8, 3, 32, 32) + 1, 3 * torch.randn(4, 3, 32, 32)]
+    plain, seen = given_sliced_weights(model, 0.4), {}
+    for module in plain:
+        if isinstance(module, nn.BatchNorm2d):
+            module.register_forward_pre_hook(lambda m, args: seen.setdefault(m, []).append(args[0]))
+    for x in batches:
+        plain(x)
+    model.calibrate(batches, [0.4])
+    assert len(seen) == 27
+    for norm, inputs in zip(model.norms["0_4"], seen.values()):
+        mean = torch.stack([x.mean((0, 2, 3)) for x in inputs]).mean(0)
+        var = torch.stack([x.var((0, 2, 3)) for x in inputs]).mean(0)
+        torch.testing.assert_close(norm.running_mean, mean, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(norm.running_var, var, rtol=1e-4, atol=1e-5)
+
+
+def test_calibrating_again_replaces_the_statistics_and_training_leaves_them_alone():
+    torch.manual_seed(0)
+    model, x = SlimmableMobileNetV1(10), torch.randn(8, 3, 32, 32)
+    model.calibrate([x * 5], [0.5])
+    model.calibrate([x], [0.5])
+    before = model.norms["0_5"][3].running_mean.clone()
+    fresh = SlimmableMobileNetV1(10)
+    fresh.load_state_dict(model.state_dict())
+    fresh.calibrate([x], [0.5])
+    model.train()(x * 7, 0.5)
+    assert before.equal(fresh.norms["0_5"][3].running_mean) and before.equal(model.norms["0_5"][3].running_mean)
+
+
+def test_state_dict_restores_calibrated_widths_into_a_new_model():
+    torch.manual_seed(0)
+    model, x = SlimmableMobileNetV1(10), torch.randn(8, 3, 32, 32)
+    model.calibrate([x], [0.25, 0.33])
+    copied = SlimmableMobileNetV1(10)
+    copied.load_state_dict(model.state_dict())
+    for width in (0.25, 0.33):
+        assert model.eval()(x, width).equal(copied.eval()(x, width))
+
+
+@pytest.mark.parametrize("width", [0.2, 1.1, -1, math.nan])
+def test_a_width_outside_the_trained_range_is_named(width):
+    model = SlimmableMobileNetV1(10)
+    for use in (lambda: model(torch.zeros(1, 3, 32, 32), width), lambda: model.calibrate([torch.zeros(2, 3, 32, 32)], [width])):
+        with pytest.raises(ValueError, match=rf"width {float(width)} is outside the trained range \[0.25, 1.0\]"):
+            use()
+    assert not model.norms
+
+
+def test_eval_mode_refuses_a_width_without_statistics():
+    with pytest.raises(ValueError, match=r"width 0.5 has no BatchNorm statistics yet: call calibrate"):
+        SlimmableMobileNetV1(10).eval()(torch.zeros(1, 3, 32, 32), 0.5)
+
+
+def test_switchable_model_offers_its_widths_alone_and_keeps_their_statistics_apart():
+    torch.manual_seed(0)
+    model = SlimmableMobileNetV1(10, widths=(0.25, 0.5), bn="switchable")
+    with pytest.raises(ValueError, match="width 0.3 was not trained"):
+        model(torch.zeros(1, 3, 32, 32), 0.3)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    model(torch.randn(4, 3, 32, 32), 0.5)
+    changed = {k for k, v in model.state_dict().items() if not v.equal(before[k])}
+    assert changed == {f"norms.0_5.{i}.running_{s}" for i in range(27) for s in ("mean", "var")}
+
+
+def test_a_smaller_width_trains_the_first_channels_alone():
+    torch.manual_seed(0)
+    model = SlimmableMobileNetV1(10)
+    model(torch.randn(4, 3, 32, 32), 0.5).square().sum().backward()
+    for conv, c in zip(model.convs, model.channels(0.5)):
+        assert conv.weight.grad[:c].abs().sum() > 0 and conv.weight.grad[c:].abs().sum() == 0
+
+
+@pytest.mark.parametrize("kwargs, message", [
+    ({"widths": (0.5, 0.25)}, r"\[0.5, 0.25\]"), ({"widths": (0.5, 0.5)}, "ascend"), ({"widths": ()}, r"\[\]"),
+    ({"widths": (0.0, 1.0)}, "0.0"), ({"widths": (0.5, 1.5)}, "1.5"), ({"bn": "batch"}, "'batch'")])
+def test_slimmable_names_the_wrong_argument(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        SlimmableMobileNetV1(10, **kwargs)
+
+
+# ------------------------------------------------------------------------------------------------------------ MSDNet
+
+
+def test_msdnet_cost_equals_the_reference_table():
+    model = MSDNet(100)
+    assert [(s.macs, s.params) for s in model.sub_models()] == [
+        (14_967_296, 433_876), (21_707_264, 531_604), (28_792_320, 529_280), (34_801_152, 627_728),
+        (41_694_720, 733_088), (46_337_536, 725_248), (51_891_712, 853_984)]
+    assert [s.name for s in model.sub_models()] == [f"exit-{k}" for k in range(1, 8)]
+    assert sum(p.numel() for p in model.parameters()) == 3_067_960
+
+
+@pytest.mark.parametrize("kwargs, scales, coarsest", [
+    # 10 layers, one scale fewer after 4 and 8: per block 1, 2, 3, 4 layers; n = 8 12|16 20|24 (28) 14 18|22 26 (30) 15 19
+    (dict(exits=4, base=1, step=1, step_mode="lin_grow", channels=8, growth=4), [3, 3, 2, 1], [48, 80, 72, 76]),
+    # 6 layers, after 2 and 4: per block 2 layers; n = 6 9 12|(15) 7 10|(13) 6 9
+    (dict(exits=3, base=2, step=2, step_mode="even", channels=6, growth=3), [3, 2, 1], [48, 40, 36])])
+def test_other_configurations_have_the_right_shapes_and_scale_reductions(kwargs, scales, coarsest):
+    model, x, seen = MSDNet(7, **kwargs).eval(), torch.randn(2, 3, 32, 32), []
+    for block in model.blocks:
+        block.register_forward_hook(lambda m, args, out: seen.append([tuple(z.shape) for z in out]))
+    logits = model(x)
+    assert [tuple(z.shape) for z in logits] == [(2, 7)] * kwargs["exits"]
+    assert [len(maps) for maps in seen] == scales
+    assert [maps[-1] for maps in seen] == [(2, c, 8, 8) for c in coarsest]
+    for maps in seen:      # finer scales: double the pixels, half the channels
+        assert [s[2] for s in maps] == [8 * 2**i for i in reversed(range(len(maps)))]
+        assert [s[1] * s[2] for s in maps] == [maps[-1][1] * 8] * len(maps)
+
+
+def test_an_exit_does_not_depend_on_later_blocks():
+    torch.manual_seed(0)
+    model, x = MSDNet(10, exits=4, base=1, step=1, channels=4, growth=2).eval(), torch.randn(3, 3, 32, 32)
+    before = model(x)
+    for k in reversed(range(4)):
+        with torch.no_grad():
+            for p in [*model.blocks[k].parameters(), *model.heads[k].parameters()]:
+                p.normal_()
+        after = model(x)
+        assert all(a.equal(b) for a, b in zip(before[:k], after[:k])) and not before[k].equal(after[k])
+
+
+def test_weights_start_as_published():
+    torch.manual_seed(0)
+    for model in (MSDNet(10), SlimmableMobileNetV1(10)):
+        for conv in (m for m in model.modules() if isinstance(m, nn.Conv2d) and m.weight.numel() > 5000):
+            expected = math.sqrt(2 / (conv.kernel_size[0]**2 * conv.out_channels))
+            assert conv.bias is None and conv.weight.std().item() == pytest.approx(expected, rel=0.05)
+        assert all(m.bias.count_nonzero() == 0 for m in model.modules() if isinstance(m, nn.Linear))
+
+
+@pytest.mark.parametrize("kwargs, message", [({"exits": 0}, "exits must be a positive integer, got 0"), ({"growth": 1.5}, "growth .* 1.5"),
+                                             ({"step_mode": "odd"}, "'odd'")])
+def test_msdnet_names_the_wrong_argument(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        MSDNet(10, **kwargs)
+
+
+# ---------------------------------------------------------------------------------------------------------- training
+
+
+def tiny_model(arch):
+    torch.manual_seed(0)
+    if arch == "msdnet":
+        return MSDNet(10, exits=3, base=1, step=1, channels=4, growth=2)
+    return SlimmableMobileNetV1(10, widths=(0.05, 0.1, 0.15), bn=arch)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("arch", ["msdnet", "universal", "switchable"])
+def test_gradients_of_a_step_are_those_of_the_whole_loss_at_once(arch, method):
+    model, x, y = tiny_model(arch), torch.randn(8, 3, 32, 32), torch.arange(8)
+    cfg = SimpleNamespace(method=method, temperature=2.0, amp="off")
+    passes = model.training_passes(torch.Generator().manual_seed(3))
+    assert len(passes) == {"msdnet": 1, "universal": 4, "switchable": 3}[arch]
+    logits = [z for forward in reversed(passes) for z in forward(x)]             # smallest sub-model first
+    whole = ipkd_ta_loss(logits, y, method, 0.5, 2.0)
+    expected = torch.autograd.grad(whole, list(model.parameters()))
+    model = tiny_model(arch)
+    loss = ipkd_ta.train_step(model, x, y, cfg, 0.5, torch.amp.GradScaler(enabled=False), torch.Generator().manual_seed(3))
+    torch.testing.assert_close(loss, whole)
+    for p, gradient in zip(model.parameters(), expected):
+        torch.testing.assert_close(p.grad, gradient, rtol=1e-3, atol=1e-5)
+
+
+def test_only_one_widths_activations_are_alive_at_a_time():
+    model, alive, most = tiny_model("switchable"), set(), []
+
+    def pack(tensor):
+        class Saved:
+            pass
+        saved = Saved()
+        saved.tensor = tensor
+        alive.add(id(saved))
+        most.append(len(alive))
+        import weakref
+        weakref.finalize(saved, alive.discard, id(saved))
+        return saved
+
+    def most_saved(step):
+        alive.clear(), most.clear()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
+            step()
+        return max(most)
+
+    x, y = torch.randn(4, 3, 32, 32), torch.arange(4)
+    cfg = SimpleNamespace(method="ipkd-ta", temperature=1.0, amp="off")
+    largest_alone = most_saved(lambda: ipkd_ta_loss([model(x, 0.15)], y).backward())
+    whole_step = most_saved(lambda: ipkd_ta.train_step(model, x, y, cfg, 0.5, torch.amp.GradScaler(enabled=False), None))
+    assert whole_step < 1.2 * largest_alone
+
+
+def test_learning_rate_schedules():
+    factor = ipkd_ta.lr_factor
+    assert [factor("multistep", p) for p in (0, 0.49, 0.5, 0.74, 0.75, 0.99)] == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
+    assert [factor("cosine", p) for p in (0, 1 / 3, 0.5, 1)] == pytest.approx([1, 0.75, 0.5, 0])
+    assert [factor("linear", p) for p in (0, 0.25, 1)] == [1, 0.75, 0]
+    assert [ipkd_ta.ramp(p, 0.5) for p in (0, 0.25, 0.5, 1)] == [0, 0.5, 1, 1] and ipkd_ta.ramp(0, 0) == 1
+
+
+def test_kd_weight_and_learning_rate_follow_the_options(tmp_path):
+    run("--out", tmp_path, *TINY["msdnet"], "--epochs", 4, "--train-size", 32, "--batch-size", 32, "--lr", 0.2, "--schedule", "linear",
+        "--lr-warmup", 0, "--kd-weight", 0.8, "--kd-warmup", 0.5)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [r["epoch"] for r in lines] == [1, 2, 3, 4]
+    assert [r["lr"] for r in lines] == pytest.approx([0.175, 0.125, 0.075, 0.025])       # of the middle of each step
+    assert [r["kd_weight"] for r in lines] == pytest.approx([0.2, 0.6, 0.8, 0.8])
+
+
+@pytest.mark.parametrize("arch", TINY)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_combination_trains_and_writes_its_files(arch, method, tmp_path, capfd):
+    assert run("--out", tmp_path, "--method", method, *TINY[arch], *QUICK) == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.pt", "config.json", "metrics.jsonl", "results.json"]
+    out, err = capfd.readouterr()
+    epoch_line, header, *rows = out.splitlines()[1:]
+    subs = results(tmp_path)["sub_models"]
+    assert re.fullmatch(rf"epoch 1/1  lr \d\.\d+  loss \d+\.\d+  \d+ images/s  top-1 {subs[0]['name']} \d+\.\d+ %, "
+                        rf"{subs[-1]['name']} \d+\.\d+ %", epoch_line)
+    assert header.split() == ["sub-model", "MMACs", "params", "top-1", "%", "top-5", "%", "loss"]
+    assert [row.split()[0] for row in rows] == [s["name"] for s in subs] and len({len(line) for line in [header, *rows]}) == 1
+    assert err == ""                                       # not a terminal: no progress line
+    assert all(set(s) == {"name", "macs", "params", "top1", "top5", "loss"} for s in subs)
+    assert [s["macs"] for s in subs] == sorted(s["macs"] for s in subs)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config == results(tmp_path)["config"] and (config["method"], config["train_size"]) == (method, 40)
+
+
+@pytest.mark.parametrize("arch", TINY)
+def test_same_seed_gives_bit_identical_results_and_another_seed_does_not(arch, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        run("--out", tmp_path / name, "--seed", seed, *TINY[arch], *QUICK)
+    a, b, c = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["model"] for name in "abc")
+    assert a.keys() == b.keys() and all(a[k].equal(b[k]) for k in a) and not all(a[k].equal(c[k]) for k in a)
+    assert (tmp_path / "a/metrics.jsonl").read_bytes() == (tmp_path / "b/metrics.jsonl").read_bytes()
+
+
+def test_training_learns_what_it_is_shown():
+    data = ipkd_ta.load_data("shapes", None, 64)
+    model = tiny_model("msdnet")
+    cfg = SimpleNamespace(seed=0, lr=0.1, batch_size=16, epochs=12, schedule="cosine", lr_warmup=0.1, kd_weight=0.5, kd_warmup=1.0,
+                          temperature=1.0, method="ipkd-ta", amp="off")
+    shares = []
+    losses = [record["loss"] for record, speed in ipkd_ta.train(model, data, cfg, shares.append)]
+    assert losses[-1] < 0.6 * losses[0]
+    assert shares == sorted(shares) and len(shares) == 48 and 0 < shares[0] and shares[-1] < 1
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_mixed_precision_keeps_float32_weights_and_learns(amp, tmp_path):
+    assert run("--out", tmp_path, "--amp", amp, *TINY["msdnet"], *QUICK) == 0
+    assert all(v.dtype != torch.float16 for v in torch.load(tmp_path / "checkpoint.pt", weights_only=True)["model"].values())
+    assert all(math.isfinite(s["loss"]) for s in results(tmp_path)["sub_models"])
+
+
+def test_amp_auto_is_off_on_the_cpu():
+    assert ipkd_ta.pick_amp("auto", torch.device("cpu")) == "off" and ipkd_ta.pick_amp("bf16", torch.device("cpu")) == "bf16"
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_amp_auto_takes_bf16_on_cuda_where_it_is_native_and_fp16_elsewhere(has_bf16, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
+    assert ipkd_ta.pick_amp("auto", torch.device("cuda")) == ("bf16" if has_bf16 else "fp16")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("arch", TINY)
+@pytest.mark.parametrize("amp", ["auto", "off", "bf16", "fp16"])
+def test_cuda_trains_and_evaluates(arch, amp, tmp_path):
+    assert run("--out", tmp_path, "--device", "cuda", "--amp", amp, *TINY[arch], *QUICK) == 0
+    assert all(math.isfinite(s["loss"]) for s in results(tmp_path)["sub_models"])
+
+
+def test_a_terminal_sees_a_live_line_with_the_time_left(tmp_path):
+    pty = pytest.importorskip("pty")
+    master, slave = pty.openpty()
+    subprocess.run([sys.executable, "ipkd_ta.py", "--out", tmp_path, *TINY["msdnet"], "--train-size", "200", "--batch-size", "8", "--epochs", "1"],
+                   cwd=HERE, stderr=slave, stdout=subprocess.PIPE, check=True)
+    os.close(slave)
+    assert re.search(rb"\d+\.\d% done, \d\d:\d\d:\d\d left", os.read(master, 100_000))
+
+
+# -------------------------------------------------------------------------------------------------------------- data
+
+
+def test_augmented_images_are_shifted_by_at_most_4_zero_padded_pixels_and_flipped_in_half_of_the_cases():
+    images = torch.randint(1, 256, (60, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    batch = ipkd_ta.augment(images, torch.Generator().manual_seed(0))
+    seen = []
+    for image, result in zip(images, batch):
+        padded = F.pad(image, (4, 4, 4, 4))
+        seen += [(dy, dx, flip) for dy in range(9) for dx in range(9) for flip in (False, True)
+                 if result.equal(padded[:, dy:dy + 32, dx:dx + 32].flip(2) if flip else padded[:, dy:dy + 32, dx:dx + 32])]
+    assert len(seen) == len(images)
+    assert {s[0] for s in seen} == {s[1] for s in seen} == set(range(9)) and 15 < sum(s[2] for s in seen) < 45
+
+
+def test_normalised_training_images_have_zero_mean_and_unit_variance():
+    data = ipkd_ta.load_data("shapes", None, 500)
+    x = data.normalise(data.train_images)
+    assert x.dtype == torch.float32 and x.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(x.mean((0, 2, 3)), torch.zeros(3), atol=1e-4, rtol=0)
+    torch.testing.assert_close(x.std((0, 2, 3)), torch.ones(3), atol=1e-4, rtol=0)
+
+
+def test_shapes_are_the_same_at_every_call_balanced_and_not_shared_between_splits():
+    data, again = ipkd_ta.load_data("shapes", None, 200), ipkd_ta.load_data("shapes", None, 200)
+    assert data.train_images.equal(again.train_images) and data.train_images.dtype == torch.uint8
+    assert data.train_labels.bincount().tolist() == [20] * 10 and data.test_labels.bincount().tolist() == [5] * 10
+    assert len(data.train_images.flatten(1).unique(dim=0)) == 200
+    assert not (data.train_images[:, None] == data.test_images).flatten(2).all(2).any()
+
+
+def write_cifar(root, name, monkeypatch):
+    """A small CIFAR in its own on-disk format, with its checksums made known to torchvision; all images and labels."""
+    cls = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
+    folder, fine = Path(root) / cls.base_folder, name == "cifar100"
+    folder.mkdir(parents=True)
+    generator, images, labels = torch.Generator().manual_seed(0), {}, {}
+    classes = 100 if fine else 10
+
+    def write(file, content):
+        (folder / file).write_bytes(pickle.dumps(content))
+        return [file, hashlib.md5((folder / file).read_bytes()).hexdigest()]
+
+    for split, files in (("train_list", cls.train_list), ("test_list", cls.test_list)):
+        entries, images[split], labels[split] = [], [], []
+        for file, _ in files:
+            pixels = torch.randint(256, (8, 3072), dtype=torch.uint8, generator=generator)
+            target = torch.randint(classes, (8,), generator=generator).tolist()
+            entries.append(write(file, {"data": pixels.numpy(), "fine_labels" if fine else "labels": target}))
+            images[split].append(pixels.view(8, 3, 32, 32))
+            labels[split] += target
+        monkeypatch.setattr(cls, split, entries)
+    file, md5 = write(cls.meta["filename"], {cls.meta["key"]: [f"class {i}" for i in range(classes)]})
+    monkeypatch.setattr(cls, "meta", {**cls.meta, "md5": md5})
+    monkeypatch.setattr(cls, "url", "http://127.0.0.1:9/none")              # a port where nothing answers
+    return [torch.cat(images[s]) for s in images], list(labels.values()), cls
+
+
+@pytest.mark.parametrize("name, n", [("cifar10", 40), ("cifar100", 8)])
+def test_cifar_is_read_from_its_own_format(name, n, tmp_path, monkeypatch):
+    images, labels, cls = write_cifar(tmp_path, name, monkeypatch)
+    data = ipkd_ta.load_data(name, tmp_path)
+    assert len(data.train_images) == n and data.train_images.equal(images[0]) and data.test_images.equal(images[1])
+    assert [data.train_labels.tolist(), data.test_labels.tolist()] == labels
+    assert data.classes[-1] == ("class 9" if name == "cifar10" else "class 99")
+    assert data.mean[0] == (0.4914 if name == "cifar10" else 0.5071)
+    assert run("--dataset", name, "--data-dir", tmp_path, "--out", tmp_path / "run", *TINY["msdnet"], "--epochs", 1) == 0
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_missing_or_damaged_cifar_without_network_is_one_clear_error(name, tmp_path, monkeypatch):
+    _, _, cls = write_cifar(tmp_path / "damaged", name, monkeypatch)
+    file = tmp_path / "damaged" / cls.base_folder / cls.test_list[0][0]
+    file.write_bytes(file.read_bytes()[:-1])
+    for directory in (tmp_path / "damaged", tmp_path / "nothing"):
+        with pytest.raises(InputError) as error:
+            ipkd_ta.load_data(name, directory)
+        for part in (name, str(directory), cls.filename, "https://www.cs.toronto.edu/~kriz/cifar.html"):
+            assert part in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+def write_images(root, splits=("train", "test"), classes=("cat", "dog"), n=4, size=(32, 32), suffix="png", mode="RGB"):
+    to_image = torchvision.transforms.v2.ToPILImage()
+    generator = torch.Generator().manual_seed(0)
+    for split in splits:
+        for c in classes:
+            (root / split / c).mkdir(parents=True)
+            for i in range(n):
+                pixels = torch.randint(256, (3, *size), dtype=torch.uint8, generator=generator)
+                to_image(pixels).convert(mode).save(root / split / c / f"{i} ä.{suffix}")
+    return root
+
+
+def test_folder_gives_images_and_labels_in_the_order_of_the_names(tmp_path):
+    write_images(tmp_path)
+    (tmp_path / "train/cat/.hidden").write_text("not an image")
+    data = ipkd_ta.load_data("folder", tmp_path)
+    assert data.classes == ["cat", "dog"] and data.train_labels.tolist() == [0] * 4 + [1] * 4
+    read = lambda path: torchvision.transforms.v2.functional.pil_to_tensor(torchvision.datasets.folder.default_loader(str(path)))
+    expected = torch.stack([read(p) for c in data.classes for p in sorted((tmp_path / "test" / c).iterdir())])
+    assert data.test_images.equal(expected)
+    pixels = data.train_images.double().div(255)
+    torch.testing.assert_close(torch.tensor(data.mean).double(), pixels.mean((0, 2, 3)), rtol=1e-6, atol=0)
+    torch.testing.assert_close(torch.tensor(data.std).double(), pixels.std((0, 2, 3), unbiased=False), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("suffix, mode, size", [("jpg", "L", (48, 20)), ("png", "RGBA", (7, 7)), ("gif", "P", (32, 32)), ("bmp", "RGB", (64, 64)),
+                                                ("jpg", "CMYK", (32, 32)), ("webp", "RGB", (1, 1))])
+def test_folder_reads_other_formats_sizes_and_val_instead_of_test(suffix, mode, size, tmp_path):
+    data = ipkd_ta.load_data("folder", write_images(tmp_path, splits=("train", "val"), suffix=suffix, mode=mode, size=size))
+    assert data.train_images.shape == data.test_images.shape == (8, 3, 32, 32)
+
+
+def wrong_folder(kind, root):
+    if kind != "no such folder":
+        write_images(root)
+    if kind == "no test split":
+        os.rename(root / "test", root / "elsewhere")
+        return "has no folder 'val'"
+    if kind == "empty class":
+        for p in (root / "train/dog").iterdir():
+            p.unlink()
+        return "dog"
+    if kind == "no class":
+        os.rename(root / "test", root / "old")
+        (root / "test").mkdir()
+        return "class"
+    if kind == "classes differ":
+        write_images(root, splits=["test"], classes=["mouse"])
+        return "mouse"
+    if kind == "undecodable":
+        (root / "test/cat/broken.jpg").write_bytes(b"no image")
+        return "broken.jpg"
+    if kind == "truncated":
+        file = root / "train/dog/0 ä.png"
+        file.write_bytes(file.read_bytes()[:-1000])
+        return "0 ä.png"
+    return "has no folder 'train'"
+
+
+@pytest.mark.parametrize("kind", ["no such folder", "no test split", "empty class", "no class", "classes differ", "undecodable", "truncated"])
+def test_wrong_folders_are_one_clear_line_and_status_2(kind, tmp_path, capfd):
+    message = wrong_folder(kind, tmp_path / "images")
+    assert run("--dataset", "folder", "--data-dir", tmp_path / "images", "--out", tmp_path / "out", *QUICK) == 2
+    out, err = capfd.readouterr()
+    assert out == "" and err.count("\n") == 1 and message in err and str(tmp_path / "images") in err
+
+
+def test_train_size_takes_the_same_images_at_every_call_and_no_more_than_there_are(tmp_path):
+    write_images(tmp_path)
+    a, b = (ipkd_ta.load_data("folder", tmp_path, 5) for _ in range(2))
+    assert len(a.train_images) == 5 and a.train_images.equal(b.train_images) and len(a.test_images) == 8
+    with pytest.raises(InputError, match="--train-size 9 is more than the 8 training images"):
+        ipkd_ta.load_data("folder", tmp_path, 9)
+
+
+@pytest.mark.skipif("IPKD_TA_IMAGES" not in os.environ, reason="needs real images: set IPKD_TA_IMAGES to their directory")
+@pytest.mark.parametrize("arch", TINY)
+def test_real_images_train(arch, tmp_path):
+    assert run("--dataset", "folder", "--data-dir", os.environ["IPKD_TA_IMAGES"], "--out", tmp_path, *TINY[arch], *QUICK) == 0
+
+
+# ------------------------------------------------------------------------------------------------------- evaluation
+
+
+def test_evaluation_counts_top1_top5_and_loss():
+    generator = torch.Generator().manual_seed(0)
+    labels, logits = torch.randint(10, (33,), generator=generator), torch.randn(2, 33, 10, generator=generator)
+    model = nn.Module()
+    model.sub_models = lambda: [SimpleNamespace(name=f"m{k}", macs=k, params=k) for k in range(2)]
+    model.all_logits = lambda x: [z[x.long()] for z in logits]
+    data = SimpleNamespace(test_images=torch.arange(33), test_labels=labels, normalise=lambda x: x)
+    found = ipkd_ta.evaluate(model, data, batch_size=10)
+    for z, sub in zip(logits, found):
+        rank = [sorted(row, reverse=True).index(row[y]) for row, y in zip(z.tolist(), labels.tolist())]
+        assert sub["top1"] == pytest.approx(100 * sum(r == 0 for r in rank) / 33)
+        assert sub["top5"] == pytest.approx(100 * sum(r < 5 for r in rank) / 33)
+        assert sub["loss"] == pytest.approx(F.cross_entropy(z, labels).item(), rel=1e-5)
+    assert [s["name"] for s in found] == ["m0", "m1"]
+
+
+def test_logits_that_are_not_numbers_count_as_wrong():
+    model = SimpleNamespace(eval=lambda: None, all_logits=lambda x: [torch.full((len(x), 10), math.nan)],
+                            sub_models=lambda: [SimpleNamespace(name="m", macs=1, params=1)])
+    data = SimpleNamespace(test_images=torch.arange(20), test_labels=torch.arange(1, 21) % 9 + 1, normalise=lambda x: x)
+    assert ipkd_ta.evaluate(model, data)[0]["top1"] < 50
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Directories of a tiny run of each kind."""
+    root = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ipkd_ta, "SHAPES_TEST", 50)
+        for name, options in {**TINY, "switchable": [*TINY["slimmable"], "--bn", "switchable"]}.items():
+            assert run("--out", root / name, *options, *QUICK) == 0
+    return root
+
+
+@pytest.mark.parametrize("name", ["msdnet", "slimmable", "switchable"])
+def test_eval_repeats_the_results_of_the_run(name, trained, tmp_path, capsys):
+    assert run("--eval", trained / name / "checkpoint.pt", "--out", tmp_path) == 0
+    assert results(tmp_path)["sub_models"] == results(trained / name)["sub_models"]
+    assert capsys.readouterr().out.strip() == ipkd_ta.results_table(results(tmp_path)["sub_models"])
+
+
+def test_eval_takes_any_width_of_a_universal_model(trained, tmp_path):
+    assert run("--eval", trained / "slimmable/checkpoint.pt", "--out", tmp_path, "--widths", 0.12, 0.07) == 0
+    assert [s["name"] for s in results(tmp_path)["sub_models"]] == ["width-0.07", "width-0.12"]
+    assert run("--eval", trained / "switchable/checkpoint.pt", "--out", tmp_path, "--overwrite", "--widths", 0.1) == 0
+    assert results(tmp_path)["sub_models"] == results(trained / "switchable")["sub_models"][1:2]
+
+
+@pytest.mark.parametrize("name, options, message", [
+    ("slimmable", ["--widths", "0.5"], "width 0.5 is outside the trained range [0.05, 0.15]"),
+    ("switchable", ["--widths", "0.12"], "width 0.12 was not trained"),
+    ("msdnet", ["--widths", "0.1"], "--widths is an option of --arch slimmable"),
+    ("msdnet", ["--lr", "0.1"], "--lr has no meaning with --eval")])
+def test_eval_refuses_what_the_checkpoint_does_not_offer(name, options, message, trained, capsys):
+    assert run("--eval", trained / name / "checkpoint.pt", *options) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["missing", "garbage", "truncated", "foreign", "code", "other network"])
+def test_eval_refuses_a_file_that_is_no_checkpoint_and_runs_no_code_from_it(content, trained, tmp_path, capsys):
+    file, good = tmp_path / "checkpoint.pt", trained / "msdnet/checkpoint.pt"
+    if content == "garbage":
+        file.write_bytes(bytes(range(256)) * 10)
+    elif content == "truncated":
+        file.write_bytes(good.read_bytes()[:-5000])
+    elif content == "foreign":
+        torch.save({"model": {}}, file)
+    elif content == "code":
+        class Bomb:
+            def __reduce__(self):
+                return (Path.touch, (tmp_path / "executed",))
+        torch.save({"model": Bomb()}, file)
+    elif content == "other network":
+        checkpoint = torch.load(good, weights_only=True)
+        checkpoint["config"]["channels"] = 6
+        torch.save(checkpoint, file)
+    assert run("--eval", file) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and str(file) in err and not (tmp_path / "executed").exists()
+
+
+# ----------------------------------------------------------------------------------------------------- command line
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--exits", "3", "--arch", "slimmable"], "--exits is an option of --arch msdnet and has no meaning for --arch slimmable"),
+    (["--widths", "0.5", "--arch", "msdnet"], "--widths is an option of --arch slimmable"),
+    (["--bn", "switchable"], "--bn is an option of --arch slimmable"),
+    (["--arch", "slimmable", "--widths", "0.5", "0.25"], "widths must ascend within (0, 1], got [0.5, 0.25]"),
+    (["--arch", "slimmable", "--widths", "0"], "above 0 and at most 1, got '0'"),
+    (["--arch", "resnet"], "resnet"), (["--batch-size", "0"], "at least 1, got '0'"), (["--epochs", "1.5"], "whole number"),
+    (["--lr", "-1"], "above 0"), (["--lr", "nan"], "nan"), (["--lr", "inf"], "inf"), (["--kd-weight", "1.5"], "at most 1"),
+    (["--kd-warmup", "-0.1"], "at least 0"), (["--temperature", "0"], "above 0"), (["--seed", "-1"], "at least 0"),
+    (["--exits", "0"], "at least 1"), (["--device", "abacus"], "abacus"), (["--nonsense"], "--nonsense"), (["--epoch", "1"], "--epoch"),
+    (["--report", "nowhere"], "no results.json below nowhere")])
+def test_wrong_options_are_one_clear_line_and_status_2(options, message, tmp_path, capfd):
+    mode = [] if "--report" in options else ["--out", tmp_path / "out"]
+    assert run(*options, *mode) == 2
+    out, err = capfd.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.startswith("ipkd_ta.py: error: ") and message in err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_asked_for_and_absent_is_a_clear_error(tmp_path, capsys):
+    assert run("--device", "cuda", "--out", tmp_path) == 2
+    assert "--device cuda cannot be used here" in capsys.readouterr().err
+
+
+def test_a_process_ends_with_status_2_and_no_traceback(tmp_path):
+    done = subprocess.run([sys.executable, "ipkd_ta.py", "--exits", "3", "--arch", "slimmable"], cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+
+
+def test_help_gives_every_option_with_its_default(capsys):
+    with pytest.raises(SystemExit) as end:
+        run("--help")
+    text = " ".join(capsys.readouterr().out.split())
+    _, defaults = ipkd_ta.build_parser()
+    assert end.value.code == 0
+    for name in defaults:
+        assert re.search(rf"--{name.replace('_', '-')}\b[^()]*(\([^()]*\)[^()]*)*\(default: [^)]+\)", text), name
+    assert len(defaults) > 20
+
+
+def test_a_run_is_never_overwritten_unasked(trained, tmp_path, capsys):
+    before = {p.name: p.read_bytes() for p in (trained / "msdnet").iterdir()}
+    assert run("--out", trained / "msdnet", *TINY["msdnet"], *QUICK) == 2
+    assert "already holds" in capsys.readouterr().err and before == {p.name: p.read_bytes() for p in (trained / "msdnet").iterdir()}
+    assert run("--eval", trained / "msdnet/checkpoint.pt", "--out", trained / "msdnet") == 2
+    run("--out", tmp_path, "--seed", 1, *TINY["msdnet"], *QUICK)
+    assert run("--out", tmp_path, "--seed", 2, "--overwrite", *TINY["msdnet"], *QUICK) == 0
+    assert results(tmp_path)["config"]["seed"] == 2
+
+
+def test_without_out_every_run_finds_a_directory_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert run(*TINY["msdnet"], *QUICK) == 0
+    assert sorted(p.name for p in Path("runs").iterdir()) == ["msdnet-shapes-ipkd-ta-seed0", "msdnet-shapes-ipkd-ta-seed0-2"]
+
+
+def test_an_out_that_is_a_file_is_a_clear_error(tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    assert run("--out", tmp_path / "file") == 2
+    assert f"--out '{tmp_path / 'file'}'" in capsys.readouterr().err and (tmp_path / "file").read_text() == "mine"
+
+
+# ----------------------------------------------------------------------------------------------------------- report
+
+
+def write_result(root, method, seed, top1, **config):
+    directory = root / f"{method}-{seed}-{len(list(root.iterdir()))}"
+    directory.mkdir()
+    config = {"arch": "msdnet", "dataset": "cifar10", "method": method, "seed": seed, "epochs": 300, "train_size": 50000, "lr": 0.1, **config}
+    subs = [{"name": f"exit-{k}", "macs": k * 10**6, "params": k * 1000, "top1": t, "top5": 99.0, "loss": 0.5} for k, t in enumerate(top1, 1)]
+    (directory / "results.json").write_text(json.dumps({"config": config, "sub_models": subs}))
+
+
+def test_report_puts_methods_side_by_side_with_mean_and_deviation_over_seeds(tmp_path, capsys):
+    for seed, (ce, ta) in enumerate([(90.0, 91.0), (91.0, 91.5), (92.0, 92.6)]):
+        write_result(tmp_path, "ce", seed, [ce, ce + 1])
+        write_result(tmp_path, "ipkd-ta", seed, [ta, ta + 2])
+    write_result(tmp_path, "ipkd", 0, [89.0, 90.0])
+    assert run("--report", tmp_path, tmp_path / "ce-0-0") == 0          # a run named twice counts once
+    assert capsys.readouterr().out.strip().splitlines() == [
+        "### msdnet on cifar10", "", "300 epochs of 50,000 images, top-1 in %", "",
+        "| sub-model | MMACs | params | ce (3 runs) | ipkd (1 run) | ipkd-ta (3 runs) |", "|---|---:|---:|---:|---:|---:|",
+        "| exit-1 | 1.00 | 1,000 | 91.00 ± 1.00 | 89.00 | 91.70 ± 0.82 |", "| exit-2 | 2.00 | 2,000 | 92.00 ± 1.00 | 90.00 | 93.70 ± 0.82 |"]
+
+
+def test_report_never_averages_over_different_settings(tmp_path, capsys):
+    write_result(tmp_path, "ce", 0, [90.0])
+    write_result(tmp_path, "ce", 1, [50.0], lr=0.01)
+    write_result(tmp_path, "ce", 0, [40.0], dataset="cifar100")
+    run("--report", tmp_path)
+    out = capsys.readouterr().out
+    assert out.count("### ") == 3 and out.count("(1 run)") == 3 and "lr 0.01" in out and "lr 0.1\n" in out
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{\"config\": {}}", "{\"config\": 3, \"sub_models\": []}"])
+def test_report_names_a_file_that_is_no_result(text, tmp_path, capsys):
+    (tmp_path / "results.json").write_text(text)
+    assert run("--report", tmp_path) == 2
+    err = capsys.readouterr().err
+    assert str(tmp_path / "results.json") in err and err.count("\n") == 1
+
+
+def test_run_cifar_trains_all_skips_what_is_finished_and_names_what_failed(tmp_path):
+    def script(**variables):
+        env = {**os.environ, "PYTHON": sys.executable, "DATASETS": "shapes", "EPOCHS": "1", "SEEDS": "0", "METHODS": "ce ipkd-ta", "ARCHS": "msdnet",
+               "OUT": str(tmp_path / "out"), **variables}
+        return subprocess.run(["bash", "run_cifar.sh", "--train-size", "64", "--exits", "2", "--base", "1", "--step", "1"], cwd=HERE, env=env,
+                              capture_output=True, text=True)
+    done = script()
+    assert done.returncode == 0, done.stderr
+    assert "| sub-model | MMACs | params | ce (1 run) | ipkd-ta (1 run) |" in done.stdout
+    files = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("results.json"))
+    assert files == ["out/msdnet-shapes-ce-seed0/results.json", "out/msdnet-shapes-ipkd-ta-seed0/results.json"]
+    before = {f: (tmp_path / f).stat().st_mtime_ns for f in files}
+    (tmp_path / files[0]).with_name("results.json").unlink()            # an unfinished run is made again
+    again = script(ARCHS="slimmable msdnet", METHODS="ce")              # slimmable fails: it has no --exits
+    assert again.returncode != 0 and "slimmable-shapes-ce-seed0" in again.stderr.splitlines()[-1]
+    assert "| exit-2 |" in again.stdout and (tmp_path / files[1]).stat().st_mtime_ns == before[files[1]]
+    assert (tmp_path / files[0]).exists() and "already finished" not in again.stdout.split("ce-seed0")[0]
