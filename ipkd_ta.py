@@ -24,7 +24,6 @@ import os
 import statistics
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,7 +34,6 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops import Conv2dNormActivation
-from torchvision.transforms import v2
 
 # ====================================================================================================================
 # The loss: the algorithm in one screen
@@ -171,13 +169,13 @@ class SlimmableMobileNetV1(nn.Module):
         return F.linear(x, self.classifier.weight[:, :x.shape[1]], self.classifier.bias)
 
     def _layers(self, width, tracked):
-        """Of each layer at `width`: its conv, weight slice, running mean and variance (None unless tracked), gamma, beta."""
+        """For each layer: conv, its weight at `width`, running mean and variance (None unless tracked), gamma, beta."""
         width = float(width)
         if not self.low <= width <= self.high:
             raise ValueError(f"width {width} is outside the trained range [{self.low}, {self.high}]")
         counts, key = self.channels(width), self._key(width)
         if self.bn == "switchable" and key not in self.norms:
-            raise ValueError(f"width {width} was not trained: a switchable model offers the widths {list(self.norms)} alone")
+            raise ValueError(f"width {width} was not trained, and a switchable model offers no others")
         if tracked and key not in self.norms:
             raise ValueError(f"width {width} has no BatchNorm statistics yet: call calibrate(batches, [{width}]) first")
         norms = self.norms[key] if tracked else self.affine
@@ -217,8 +215,8 @@ class SlimmableMobileNetV1(nn.Module):
                 self._run(x, layers, training=True, momentum=1 / n)
 
     def _add_norms(self, width):
-        self.norms[self._key(width)] = nn.ModuleList(
-            nn.BatchNorm2d(c, affine=self.bn == "switchable") for c in self.channels(width)).to(self.classifier.weight.device)
+        norms = (nn.BatchNorm2d(c, affine=self.bn == "switchable") for c in self.channels(width))
+        self.norms[self._key(width)] = nn.ModuleList(norms).to(self.classifier.weight.device)
 
     @staticmethod
     def _key(width):
@@ -416,24 +414,23 @@ class InputError(Exception):
 
 @dataclass
 class Data:
-    """Images (N, 3, 32, 32) uint8 and labels (N,) int64 of the training and test split; mean and std per channel of
-    pixels scaled to [0, 1]."""
+    """Images (N, 3, 32, 32) uint8 and labels (N,) int64 of the training and the test split; mean and standard deviation
+    (3,) of each channel, of pixels scaled to [0, 1]."""
     train_images: torch.Tensor
     train_labels: torch.Tensor
     test_images: torch.Tensor
     test_labels: torch.Tensor
     classes: list
-    mean: tuple = None
-    std: tuple = None
+    mean: torch.Tensor = None
+    std: torch.Tensor = None
 
     def to(self, device):
         return replace(self, **{k: v.to(device) for k, v in vars(self).items() if isinstance(v, torch.Tensor)})
 
     def normalise(self, images):
         """uint8 (N, 3, H, W) -> float32 of about zero mean and unit variance, in channels-last memory."""
-        mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (self.mean, self.std))
         x = images.contiguous(memory_format=torch.channels_last)
-        return (x / 255 - mean) / std
+        return (x / 255 - self.mean.view(1, 3, 1, 1)) / self.std.view(1, 3, 1, 1)
 
 
 def augment(images, generator):
@@ -467,7 +464,7 @@ def load_data(dataset, data_dir, train_size=None):
         keep = torch.randperm(available, generator=torch.Generator().manual_seed(0))[:train_size]
         data = replace(data, train_images=data.train_images[keep], train_labels=data.train_labels[keep])
     mean, std = CIFAR_STATISTICS.get(dataset) or measure_statistics(data.train_images)
-    return replace(data, mean=mean, std=std)
+    return replace(data, mean=torch.tensor(mean), std=torch.tensor(std))
 
 
 def measure_statistics(images):
@@ -493,8 +490,8 @@ def load_cifar(name, data_dir):
         except RuntimeError:                        # not there or damaged
             splits = [cls(data_dir, train=train, download=True) for train in (True, False)]
     except (OSError, RuntimeError) as error:
-        raise InputError(f"{name} is not in '{data_dir}' and could not be downloaded ({one_line(error)}): put {cls.filename} "
-                         f"there, from https://www.cs.toronto.edu/~kriz/cifar.html") from error
+        raise InputError(f"{name} is not in '{data_dir}' and could not be downloaded ({one_line(error)}): put "
+                         f"{cls.filename} there, from https://www.cs.toronto.edu/~kriz/cifar.html") from error
     (train_images, train_labels), (test_images, test_labels) = (
         (torch.from_numpy(s.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(s.targets)) for s in splits)
     return Data(train_images, train_labels, test_images, test_labels, splits[0].classes)
@@ -503,7 +500,6 @@ def load_cifar(name, data_dir):
 def load_folder(root):
     """Images of any format and size that Pillow reads, as root/train/<class>/* and root/test/<class>/* (or val),
     converted to RGB and resized to 32x32. Files whose names begin with a dot are passed over."""
-    transform = v2.Compose([v2.Resize((32, 32)), v2.PILToTensor()])
     visible = lambda path: not Path(path).name.startswith(".")
     test = "test" if (root / "test").is_dir() else "val"
     splits = []
@@ -512,30 +508,35 @@ def load_folder(root):
             raise InputError(f"--data-dir '{root}' has no folder '{split}': expected {root}/train/<class>/* and "
                              f"{root}/test/<class>/* (or val)")
         try:
-            splits.append(torchvision.datasets.ImageFolder(str(root / split), transform, is_valid_file=visible))
+            splits.append(torchvision.datasets.ImageFolder(str(root / split), is_valid_file=visible))
         except OSError as error:                    # no class, or a class without images
             raise InputError(f"'{root / split}': {one_line(error)}") from error
     train, test = splits
     if train.classes != test.classes:
         odd = sorted(set(train.classes) ^ set(test.classes))
-        raise InputError(f"'{train.root}' and '{test.root}' must have the same classes, but only one has {', '.join(odd)}")
+        raise InputError(f"'{train.root}' and '{test.root}' must have the same classes: only one has {', '.join(odd)}")
+    train_labels, test_labels = torch.tensor(train.targets), torch.tensor(test.targets)
+    return Data(read_images(train), train_labels, read_images(test), test_labels, train.classes)
 
-    def read(split, i):
+
+def read_images(folder):
+    """All images of an ImageFolder, as (N, 3, 32, 32) uint8."""
+    pixels = torch.empty(len(folder.samples), 32, 32, 3, dtype=torch.uint8)
+    for i, (path, _) in enumerate(folder.samples):
         try:
-            return split[i][0]
+            image = folder.loader(path)             # as RGB
+            image = image if image.size == (32, 32) else image.resize((32, 32))
         except Exception as error:                  # Pillow's decoders raise many types
-            raise InputError(f"cannot decode image '{split.samples[i][0]}' ({one_line(error)}): mend or remove it") from error
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        images = [torch.stack(list(pool.map(lambda i, s=s: read(s, i), range(len(s))))) for s in splits]
-    return Data(images[0], torch.tensor(train.targets), images[1], torch.tensor(test.targets), train.classes)
+            raise InputError(f"cannot decode image '{path}' ({one_line(error)}): mend or remove it") from error
+        pixels[i] = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(32, 32, 3)
+    return pixels.permute(0, 3, 1, 2).contiguous()
 
 
 SHAPES_TRAIN, SHAPES_TEST, SHAPES_CONTRAST, SHAPES_NOISE = 2000, 1000, 0.5, 0.1
 SHAPES = {      # points, radius of the notches between them (the points are at 1), direction of the first point
     "triangle": (3, 0.5, -90), "inverted triangle": (3, 0.5, 90), "square": (4, 0.7071, 45), "diamond": (4, 0.7071, 0),
-    "hexagon": (6, 0.866, 0), "disc": (64, 1, 0), "plus": (4, 0.35, 0), "cross": (4, 0.35, 45), "5-star": (5, 0.45, -90),
-    "8-star": (8, 0.5, 0)}
+    "hexagon": (6, 0.866, 0), "disc": (64, 1, 0), "plus": (4, 0.35, 0), "cross": (4, 0.35, 45),
+    "5-star": (5, 0.45, -90), "8-star": (8, 0.5, 0)}
 
 
 def draw_shapes(n, generator):
@@ -586,7 +587,8 @@ class Family:
 
 FAMILIES = {
     "msdnet": Family(MSDNet, "multistep", 300, dict(
-        epochs=3, batch_size=32, schedule="cosine", exits=4, base=1, step=1, step_mode="lin_grow", channels=8, growth=4)),
+        epochs=3, batch_size=32, schedule="cosine", exits=4, base=1, step=1, step_mode="lin_grow", channels=8,
+        growth=4)),
     "slimmable": Family(SlimmableMobileNetV1, "cosine", 200, dict(
         epochs=3, batch_size=32)),
 }
@@ -674,18 +676,17 @@ def train(model, data, cfg, tick):
 
 @torch.no_grad()
 def evaluate(model, data, batch_size=250):
-    """Accuracy of every sub-model on the test images, smallest first: list of {"name", "macs", "params", "top1" and
-    "top5" in percent, "loss" (mean cross-entropy)}. In float32."""
+    """Accuracy of every sub-model on the test images, smallest first, in float32: list of {"top1", "top5" in percent,
+    "loss": mean cross-entropy}."""
     model.eval()
     totals = 0
     for images, labels in zip(data.test_images.split(batch_size), data.test_labels.split(batch_size)):
         logits = torch.stack(model.all_logits(data.normalise(images)))                     # (K, N, C)
         hits = logits.topk(min(5, logits.shape[2])).indices == labels[:, None]             # (K, N, 5)
-        loss = F.cross_entropy(logits.movedim(0, 2), labels[:, None].expand(-1, len(logits)), reduction="none")    # (N, K)
-        totals += torch.stack([hits[:, :, 0].sum(1), hits.any(2).sum(1), loss.sum(0)]).double()
-    top1, top5, loss = (totals / len(data.test_images)).tolist()
-    return [{**vars(sub), "top1": 100 * top1[k], "top5": 100 * top5[k], "loss": loss[k]}
-            for k, sub in enumerate(model.sub_models())]
+        loss = -logits.log_softmax(2)[:, torch.arange(len(labels)), labels]                # (K, N)
+        totals += torch.stack([hits[:, :, 0].sum(1), hits.any(2).sum(1), loss.sum(1)]).double()
+    means = (totals / len(data.test_images)).T.tolist()
+    return [{"top1": 100 * top1, "top5": 100 * top5, "loss": loss} for top1, top5, loss in means]
 
 
 def calibration_batches(data, images=2048, batch_size=256):
@@ -696,7 +697,7 @@ def calibration_batches(data, images=2048, batch_size=256):
 
 
 def results_table(sub_models):
-    """The list of `evaluate` as aligned text."""
+    """The sub-models of a results.json as aligned text."""
     rows = [("sub-model", "MMACs", "params", "top-1 %", "top-5 %", "loss")]
     rows += [(s["name"], f"{s['macs'] / 1e6:.2f}", f"{s['params']:,}", f"{s['top1']:.2f}", f"{s['top5']:.2f}",
               f"{s['loss']:.4f}") for s in sub_models]
@@ -708,12 +709,13 @@ def results_table(sub_models):
 def report(directories):
     """All results.json below the directories as Markdown: a table for each setting, a row for each sub-model, a column
     for each method with the top-1 accuracy as mean ± sample standard deviation over the runs."""
-    runs = [read_results(path) for path in sorted({p.resolve() for d in directories for p in Path(d).rglob("results.json")})]
+    paths = {path.resolve() for directory in directories for path in Path(directory).rglob("results.json")}
+    runs = [read_results(path) for path in sorted(paths)]
     if not runs:
         raise InputError(f"--report: no results.json below {', '.join(map(str, directories))}")
-    per_run = {"method", "seed", "out", "data_dir", "device"}        # whatever else differs makes another setting
     settings = {}
-    for run in runs:
+    for run in runs:                 # runs may differ in these; whatever else differs makes another setting
+        per_run = {"method", "seed", "out", "device", "data_dir" if run["config"]["dataset"] != "folder" else "out"}
         setting = tuple(sorted((k, str(v)) for k, v in run["config"].items() if k not in per_run))
         settings.setdefault(setting, []).append(run)
     differing = {k for k, v in set().union(*settings) if any((k, v) not in setting for setting in settings)}
@@ -748,7 +750,8 @@ def read_results(path):
         wanted = [run["config"][k] for k in ("arch", "dataset", "method", "seed", "epochs", "train_size")]
         wanted += [sub[k] for sub in run["sub_models"] for k in ("name", "macs", "params", "top1")]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"'{path}' is not the results.json of a run ({type(error).__name__}: {one_line(error)})") from error
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise InputError(f"'{path}' is not the results.json of a run ({reason})") from error
     return run
 
 
@@ -767,77 +770,93 @@ class Parser(argparse.ArgumentParser):
 
 def number(kind, low, high=math.inf, above=False):
     """Type of an option: an int or float in [low, high], or in (low, high] if `above`."""
+    wanted = f"{'a whole number' if kind is int else 'a number'} {'above' if above else 'at least'} {low}"
+    wanted += f" and at most {high}" if high < math.inf else ""
+
     def parse(text):
-        bounds = f"{'above' if above else 'at least'} {low}" + (f" and at most {high}" if high < math.inf else "")
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
         if not (low < value if above else low <= value) or not value <= high or value == math.inf:
-            raise argparse.ArgumentTypeError(f"must be {'a whole number' if kind is int else 'a number'} {bounds}, got '{text}'")
+            raise argparse.ArgumentTypeError(f"must be {wanted}, got '{text}'")
         return value
+
     return parse
 
 
 def build_parser():
     """The parser, which fills in no defaults so that what was given can be told apart, and the defaults."""
-    parser = Parser(prog="ipkd_ta.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                    description="Train a flexible network by inplace knowledge distillation with teacher assistant, and "
-                                "report the cost and accuracy of each of its sub-models.")
+    parser = Parser(prog="ipkd_ta.py", allow_abbrev=False, argument_default=argparse.SUPPRESS, description=(
+        "Train a flexible network by inplace knowledge distillation with teacher assistant, and report the cost and "
+        "accuracy of each of its sub-models."))
     defaults = {}
 
     def add(group, flag, default, text, shown=None, **kwargs):
-        defaults[flag.lstrip("-").replace("-", "_")] = default
-        group.add_argument(flag, help=f"{text} (default: {shown or default})", **kwargs)
+        name = flag[2:].replace("-", "_")
+        defaults[name] = default
+        on_shapes = {f"; on shapes {family.shapes[name]}" for family in FAMILIES.values() if name in family.shapes}
+        shown = f"{shown or default}{''.join(sorted(on_shapes))}"
+        if "type" in kwargs and "metavar" not in kwargs:
+            kwargs["metavar"] = "N" if kwargs["type"] is count else "X"
+        group.add_argument(flag, help=f"{text} (default: {shown})", **kwargs)
 
-    count, share = number(int, 1), number(float, 0, 1)
+    count, share, positive = number(int, 1), number(float, 0, 1), number(float, 0, above=True)
+    by_family = lambda name: ", ".join(f"{arch} {getattr(family, name)}" for arch, family in FAMILIES.items())
+
     g = parser.add_argument_group("what to train")
-    add(g, "--arch", "msdnet", "network: multi-exit MSDNet or slimmable MobileNet-V1", choices=tuple(FAMILIES))
-    add(g, "--dataset", "shapes", "images; shapes are built in, cifar10 and cifar100 are downloaded on first use", choices=DATASETS)
-    add(g, "--data-dir", "data", "where CIFAR is kept; for folder: holds train/<class>/* and test/<class>/* (or val)", metavar="DIR")
-    add(g, "--train-size", None, "train on so many images, chosen at random", f"all; shapes: {SHAPES_TRAIN}", type=count, metavar="N")
+    add(g, "--arch", "msdnet", "multi-exit MSDNet or slimmable MobileNet-V1", choices=tuple(FAMILIES))
+    add(g, "--dataset", "shapes", "images: shapes are built in, cifar10 and cifar100 are downloaded on first use",
+        choices=DATASETS)
+    add(g, "--data-dir", "data", "where CIFAR is kept; for folder, holds train/<class>/* and test/<class>/* (or val)",
+        metavar="DIR")
+    add(g, "--train-size", None, "so many training images, chosen at random", f"all; on shapes {SHAPES_TRAIN}",
+        type=count)
 
     g = parser.add_argument_group("distillation")
-    add(g, "--method", "ipkd-ta", "teacher of a sub-model: none, the largest, or the next larger one", choices=METHODS)
-    add(g, "--kd-weight", 0.5, "weight of the teacher against the labels, 0 to 1", type=share, metavar="X")
-    add(g, "--kd-warmup", 1.0, "share of training over which that weight rises from 0, 0 to 1", type=share, metavar="X")
-    add(g, "--temperature", 1.0, "softmax temperature of the distillation", type=number(float, 0, above=True), metavar="X")
+    add(g, "--method", "ipkd-ta", "teacher of a sub-model: none, the largest, or the next larger", choices=METHODS)
+    add(g, "--kd-weight", 0.5, "weight of the teacher against the labels, 0 to 1", type=share)
+    add(g, "--kd-warmup", 1.0, "share of training over which that weight rises from 0, 0 to 1", type=share)
+    add(g, "--temperature", 1.0, "softmax temperature of the distillation", type=positive)
 
     g = parser.add_argument_group("training")
-    by_family = lambda name: ", ".join(f"{arch} {getattr(f, name)}" for arch, f in FAMILIES.items())
-    add(g, "--epochs", None, "passes over the training images", by_family("epochs"), type=count, metavar="N")
-    add(g, "--batch-size", 64, "images per step", type=count, metavar="N")
-    add(g, "--lr", 0.1, "initial learning rate of SGD", type=number(float, 0, above=True), metavar="X")
-    add(g, "--schedule", None, "multistep: x 0.1 at 50 %% and 75 %% of training; cosine and linear: down to 0", by_family("schedule"),
-        choices=("multistep", "cosine", "linear"))
-    add(g, "--lr-warmup", 0.05, "share of training over which the learning rate rises from 0, 0 to 1", type=share, metavar="X")
-    add(g, "--seed", 0, "of the weights, the order and augmentation of images, and the widths", type=number(int, 0, 2**63 - 1), metavar="N")
+    add(g, "--epochs", None, "passes over the training images", by_family("epochs"), type=count)
+    add(g, "--batch-size", 64, "images per step", type=count)
+    add(g, "--lr", 0.1, "highest learning rate of SGD", type=positive)
+    add(g, "--lr-warmup", 0.05, "share of training over which the learning rate rises from 0, 0 to 1", type=share)
+    add(g, "--schedule", None, "multistep: x 0.1 at 50 %% and 75 %% of training; cosine, linear: down to 0",
+        by_family("schedule"), choices=("multistep", "cosine", "linear"))
+    add(g, "--seed", 0, "of the weights, the order and augmentation of the images, and the widths",
+        type=number(int, 0, 2**63 - 1), metavar="N")
 
     g = parser.add_argument_group("machine")
     add(g, "--device", "auto", "auto (cuda if there is one, else cpu), cpu, cuda, cuda:1, ...", metavar="NAME")
-    add(g, "--amp", "auto", "mixed precision; auto: bf16 or else fp16 on cuda, off elsewhere", choices=("auto", "off", "bf16", "fp16"))
+    add(g, "--amp", "auto", "mixed precision; auto: on cuda bf16 where native, else fp16, and off elsewhere",
+        choices=("auto", "off", "bf16", "fp16"))
 
     g, own = parser.add_argument_group("--arch msdnet"), model_options(MSDNet)
-    add(g, "--exits", own["exits"], "classifiers: the sub-models", type=count, metavar="N")
-    add(g, "--base", own["base"], "layers before the first exit", type=count, metavar="N")
-    add(g, "--step", own["step"], "layers between one exit and the next", type=count, metavar="N")
-    add(g, "--step-mode", own["step_mode"], "lin_grow: STEP * i + 1 layers in block i + 1 instead", choices=("even", "lin_grow"))
-    add(g, "--channels", own["channels"], "channels of the first layer at the finest scale", type=count, metavar="N")
-    add(g, "--growth", own["growth"], "channels that a layer adds at the finest scale", type=count, metavar="N")
+    add(g, "--exits", own["exits"], "classifiers: the sub-models", type=count)
+    add(g, "--base", own["base"], "layers before the first exit", type=count)
+    add(g, "--step", own["step"], "layers between one exit and the next", type=count)
+    add(g, "--step-mode", own["step_mode"], "lin_grow: STEP * i + 1 layers in block i + 1 instead",
+        choices=("even", "lin_grow"))
+    add(g, "--channels", own["channels"], "channels of the first layer at the finest scale", type=count)
+    add(g, "--growth", own["growth"], "channels that a layer adds at the finest scale", type=count)
 
     g, own = parser.add_argument_group("--arch slimmable"), model_options(SlimmableMobileNetV1)
-    add(g, "--widths", own["widths"], "width multipliers, ascending in (0, 1]: the sub-models; with --eval, those to evaluate",
-        " ".join(map(str, own["widths"])), type=number(float, 0, 1, above=True), nargs="+", metavar="X")
+    add(g, "--widths", own["widths"], "width multipliers ascending in (0, 1]: the sub-models; with --eval, which to do",
+        " ".join(map(str, own["widths"])), type=number(float, 0, 1, above=True), nargs="+")
     add(g, "--bn", own["bn"], "one BatchNorm for all widths, calibrated after training, or one for each of --widths",
         choices=("universal", "switchable"))
 
     g = parser.add_argument_group("files and other modes")
-    add(g, "--out", None, "directory for config.json, metrics.jsonl, checkpoint.pt and results.json; with --eval, for results.json",
-        "runs/ARCH-DATASET-METHOD-seedN", metavar="DIR")
+    add(g, "--out", None, "directory of config.json, metrics.jsonl, checkpoint.pt and results.json; with --eval of the "
+        "last one alone", "runs/ARCH-DATASET-METHOD-seedN; with --eval none", metavar="DIR")
     add(g, "--overwrite", False, "replace the run that --out holds", "refuse", action="store_true")
     modes = g.add_mutually_exclusive_group()
     modes.add_argument("--eval", metavar="CHECKPOINT", help="evaluate a checkpoint.pt instead of training")
-    modes.add_argument("--report", nargs="+", metavar="DIR", help="print the results.json files below the directories as Markdown tables")
+    modes.add_argument("--report", nargs="+", metavar="DIR",
+                       help="print all results.json below the directories as Markdown tables")
     return parser, defaults
 
 
@@ -847,16 +866,19 @@ def parse(argv):
     return vars(parser.parse_args(argv)), defaults
 
 
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
 def settle(given, defaults):
     """The configuration of a training run: what was given, completed by defaults and checked as a whole."""
     cfg = SimpleNamespace(**{**defaults, **given})
     family = FAMILIES[cfg.arch]
-    for arch, other in FAMILIES.items():
-        for name in model_options(other.network):
-            if arch != cfg.arch:
-                delattr(cfg, name)
-                if name in given:
-                    raise InputError(f"--{name.replace('_', '-')} is an option of --arch {arch} and has no meaning for --arch {cfg.arch}")
+    for arch in set(FAMILIES) - {cfg.arch}:
+        for name in model_options(FAMILIES[arch].network):
+            if name in given:
+                raise InputError(f"{flag(name)} is an option of --arch {arch}: it has no meaning for --arch {cfg.arch}")
+            delattr(cfg, name)
     if cfg.dataset == "shapes":
         vars(cfg).update({**family.shapes, **given})
     cfg.epochs = cfg.epochs or family.epochs
@@ -888,16 +910,18 @@ def run_training(cfg):
     cfg.device, cfg.amp = str(device), pick_amp(cfg.amp, device)
     cfg.out = cfg.out or free_name(f"runs/{cfg.arch}-{cfg.dataset}-{cfg.method}-seed{cfg.seed}")
     files = ["config.json", "metrics.jsonl", "checkpoint.pt", "results.json"]
-    out = run_directory(cfg.out, cfg.overwrite, files)
+    out = run_directory(cfg.out, vars(cfg).pop("overwrite"), files)
     start = time.perf_counter()
     data = load_data(cfg.dataset, cfg.data_dir, cfg.train_size).to(device)
-    cfg.train_size = len(data.train_images)
+    seconds, cfg.train_size = time.perf_counter() - start, len(data.train_images)
     torch.manual_seed(cfg.seed)
     model = build_model(cfg, len(data.classes)).to(device, memory_format=torch.channels_last)
-    names = [sub.name for sub in model.sub_models()]
-    print(f"{cfg.arch} on {cfg.dataset}, method {cfg.method}: {len(names)} sub-models, {sum(p.numel() for p in model.parameters()):,} "
-          f"parameters; {len(data.train_images):,} training and {len(data.test_images):,} test images of {len(data.classes)} "
-          f"classes, loaded in {time.perf_counter() - start:.1f} s; {cfg.device}, amp {cfg.amp}; writing to {out}", flush=True)
+    costs = [vars(sub) for sub in model.sub_models()]
+    smallest, largest = costs[0]["name"], costs[-1]["name"]
+    print(f"{cfg.arch}, {len(costs)} sub-models, {sum(p.numel() for p in model.parameters()):,} parameters; method "
+          f"{cfg.method}; {cfg.device}, amp {cfg.amp}\n{cfg.dataset}: {len(data.train_images):,} training and "
+          f"{len(data.test_images):,} test images of {len(data.classes)} classes, loaded in {seconds:.1f} s\n"
+          f"writing to {out}", flush=True)
 
     start, progress = time.perf_counter(), Progress()
     for name in files:
@@ -905,7 +929,7 @@ def run_training(cfg):
     write_json(out / "config.json", vars(cfg))
     for record, speed in train(model, data, cfg, progress):
         model.calibrate(calibration_batches(data))
-        sub_models = evaluate(model, data)
+        sub_models = [{**cost, **accuracy} for cost, accuracy in zip(costs, evaluate(model, data))]
         record["top1"] = [sub["top1"] for sub in sub_models]
         with open(out / "metrics.jsonl", "a") as file:
             file.write(json.dumps(record) + "\n")
@@ -913,36 +937,36 @@ def run_training(cfg):
                       "epoch": record["epoch"], "model": model.state_dict()}
         replace_file(out / "checkpoint.pt", lambda temporary: torch.save(checkpoint, temporary))
         progress.clear()
-        print(f"epoch {record['epoch']:{len(str(cfg.epochs))}}/{cfg.epochs}  lr {record['lr']:.4f}  loss {record['loss']:.4f}  {speed:.0f} images/s  "
-              f"top-1 {names[0]} {record['top1'][0]:.2f} %, {names[-1]} {record['top1'][-1]:.2f} %", flush=True)
+        print(f"epoch {record['epoch']:{len(str(cfg.epochs))}}/{cfg.epochs}  lr {record['lr']:.4f}  "
+              f"loss {record['loss']:.4f}  {speed:.0f} images/s  top-1 {smallest} {record['top1'][0]:.2f} %, "
+              f"{largest} {record['top1'][-1]:.2f} %", flush=True)
     write_results(out, cfg, sub_models, seconds=round(time.perf_counter() - start, 1))
     print(results_table(sub_models))
 
 
 def run_evaluation(given):
     """Evaluate a checkpoint as its run did; slimmable networks with universal BatchNorm at any --widths."""
-    unused = sorted(set(given) - {"eval", "data_dir", "device", "widths", "out", "overwrite"})
-    if unused:
-        raise InputError(f"--{unused[0].replace('_', '-')} has no meaning with --eval, which takes the options of the checkpoint's run")
+    for name in set(given) - {"eval", "data_dir", "device", "widths", "out", "overwrite"}:
+        raise InputError(f"{flag(name)} has no meaning with --eval, which takes the options of the checkpoint's run")
     checkpoint = load_checkpoint(Path(given["eval"]))
     cfg = SimpleNamespace(**checkpoint["config"])
     if "widths" in given and cfg.arch != "slimmable":
-        raise InputError(f"--widths is an option of --arch slimmable, and '{given['eval']}' holds a network of --arch {cfg.arch}")
+        raise InputError(f"--widths is an option of --arch slimmable, and '{given['eval']}' holds {cfg.arch}")
     device = pick_device(given.get("device", "auto"))
     cfg.data_dir, cfg.device = given.get("data_dir", cfg.data_dir), str(device)
     out = run_directory(given["out"], given.get("overwrite", False), ["results.json"]) if "out" in given else None
 
-    data = load_data(cfg.dataset, cfg.data_dir, cfg.train_size).to(device)
+    data = load_data(cfg.dataset, cfg.data_dir, cfg.train_size)
     if data.classes != checkpoint["classes"]:
         raise InputError(f"the classes of '{cfg.data_dir}' are not those of '{given['eval']}'")
-    data = replace(data, mean=checkpoint["mean"], std=checkpoint["std"])
+    data = replace(data, mean=checkpoint["mean"], std=checkpoint["std"]).to(device)
     model = build_model(cfg, len(data.classes)).to(device, memory_format=torch.channels_last)
     try:
         model.load_state_dict(checkpoint["model"])
         if "widths" in given:
             cfg.widths = model.widths = tuple(sorted(set(given["widths"])))
         model.calibrate(calibration_batches(data))
-        sub_models = evaluate(model, data)
+        sub_models = [{**vars(sub), **accuracy} for sub, accuracy in zip(model.sub_models(), evaluate(model, data))]
     except (RuntimeError, ValueError) as error:          # weights of another network, widths that it does not offer
         raise InputError(f"'{given['eval']}': {one_line(error)}") from error
     print(results_table(sub_models))
@@ -992,7 +1016,8 @@ def load_checkpoint(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         missing = {"config", "classes", "mean", "std", "epoch", "model"} - set(checkpoint)
     except Exception as error:              # not there, damaged, or not a checkpoint: torch raises many types
-        raise InputError(f"cannot read checkpoint '{path}' ({type(error).__name__}: {one_line(error)[:200]})") from error
+        reason = f"{type(error).__name__}: {one_line(error)[:200]}"
+        raise InputError(f"cannot read checkpoint '{path}' ({reason})") from error
     if missing:
         raise InputError(f"'{path}' is not a checkpoint of this program: it lacks {', '.join(sorted(missing))}")
     return checkpoint
@@ -1009,7 +1034,8 @@ class Progress:
         now = time.perf_counter()
         if self.live and now - self.shown > 0.2:
             self.shown, left = now, (now - self.start) * (1 - share) / share
-            print(f"\r\x1b[K{share:6.1%} done, {time.strftime('%H:%M:%S', time.gmtime(left))} left", end="", file=sys.stderr, flush=True)
+            left = time.strftime("%H:%M:%S", time.gmtime(left))
+            print(f"\r\x1b[K{share:6.1%} done, {left} left", end="", file=sys.stderr, flush=True)
 
     def clear(self):
         if self.live:
@@ -1034,6 +1060,8 @@ def main(argv=None):
         given, defaults = parse(argv)
         keep_freed_memory()
         if "report" in given:
+            if len(given) > 1:
+                raise InputError(f"{flag(min(set(given) - {'report'}))} has no meaning with --report")
             print(report(given["report"]))
         elif "eval" in given:
             run_evaluation(given)
