@@ -7,7 +7,7 @@ MobileNet-V1. It is trained so that every sub-model teaches the next smaller one
     flexible deep neural networks", EUSIPCO 2021, arXiv:2105.08369.
 
     python ipkd_ta.py                                      # a demonstration on drawn shapes, no download
-    python ipkd_ta.py --arch msdnet --dataset cifar100     # the paper's setting
+    python ipkd_ta.py --arch msdnet --dataset cifar100     # one of the benchmarks
 
 One file, in reading order: the loss, slimmable MobileNet-V1, MSDNet, data, training, evaluation and report, command
 line. The loss and the two networks need nothing from the rest of the file but the imports: copy them.
@@ -196,18 +196,27 @@ class SlimmableMobileNetV1(nn.Module):
         nearest = [(c * width, max(8, int(c * width / 8 + 0.5) * 8)) for c in base]
         return [c if c >= 0.9 * exact else c + 8 for exact, c in nearest]
 
+    def train(self, mode=True):
+        """As nn.Module.train; training makes calibrated statistics wrong, so they are forgotten when it begins."""
+        if mode and self.bn == "universal":
+            self.norms.clear()
+        return super().train(mode)
+
     @torch.no_grad()
     def calibrate(self, batches, widths=None):
         """Measure the BatchNorm statistics that eval mode needs: the mean over `batches` of each batch's mean and
         (unbiased) variance, every batch counting the same. Switchable models track theirs in training: nothing to do.
 
         Args:
-            batches: list of (N, 3, H, W), normalised training images without augmentation.
-            widths: which to measure, any in [low, high] (default: `self.widths`).
+            batches: at least one (N, 3, H, W), normalised training images without augmentation.
+            widths: which to measure, any in [widths[0], widths[-1]] (default: `widths`).
         """
+        batches = list(batches)
+        if not batches:
+            raise ValueError("calibrate needs at least one batch of images")
         if self.bn == "switchable":
             return
-        for width in widths or self.widths:
+        for width in self.widths if widths is None else widths:
             layers = self._layers(width, tracked=False)      # refuses a wrong width before anything is stored
             self._add_norms(width)
             layers = self._layers(width, tracked=True)
@@ -223,14 +232,15 @@ class SlimmableMobileNetV1(nn.Module):
         return str(float(width)).replace(".", "_")      # module names may not contain a dot
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        for key in {name[len(prefix):].split(".")[1] for name in state_dict if name.startswith(prefix + "norms.")}:
-            if key not in self.norms:                   # a width that had been calibrated when the state was saved
+        if self.bn == "universal":                      # the calibrated widths become those of the saved state
+            self.norms.clear()
+            for key in {name[len(prefix):].split(".")[1] for name in state_dict if name.startswith(prefix + "norms.")}:
                 self._add_norms(float(key.replace("_", ".")))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def sub_models(self):
-        """List of (name, macs, params) of `widths`, ascending: multiply-accumulates of convolutions and classifier for
-        one 3x32x32 image, and parameters including BatchNorm's gamma and beta."""
+        """The sub-models of `widths`, ascending, each with its name, macs and params: multiply-accumulates of convolutions
+        and classifier for one 3x32x32 image, and parameters including BatchNorm's gamma and beta."""
         model, image = copy.deepcopy(self).to("meta"), torch.empty(1, 3, 32, 32, device="meta")    # shapes alone
         subs = []
         for width in self.widths:
@@ -242,11 +252,11 @@ class SlimmableMobileNetV1(nn.Module):
             subs.append(SimpleNamespace(name=f"width-{width:g}", macs=flops.get_total_flops() // 2, params=params))
         return subs
 
-    def training_passes(self, generator=None):
-        """The forward passes of one training step, largest first, each x -> [logits]: four widths by the sandwich rule
-        when universal, all of `widths` when switchable."""
+    def training_passes(self, draw_widths):
+        """The forward passes of one training step, largest first, each x -> [logits]: of all `widths` when switchable,
+        of those that draw_widths(low, high) gives, in descending order, when universal."""
         sampled = self.bn == "universal" and self.low < self.high
-        widths = sandwich_widths(4, self.low, self.high, generator) if sampled else reversed(self.widths)
+        widths = draw_widths(self.low, self.high) if sampled else reversed(self.widths)
         return [lambda x, width=width: [self(x, width)] for width in widths]
 
     def all_logits(self, x):
@@ -285,8 +295,8 @@ class MSDNet(nn.Module):
         def __init__(self, channels, factors):
             super().__init__()
             counts = [3] + [channels * f for f in factors]
-            self.convs = nn.ModuleList(Conv2dNormActivation(c_in, c_out, 3, stride=1 if c_in == 3 else 2)
-                                       for c_in, c_out in zip(counts, counts[1:]))
+            self.convs = nn.ModuleList(Conv2dNormActivation(c_in, c_out, 3, stride=2 if s else 1)
+                                       for s, (c_in, c_out) in enumerate(zip(counts, counts[1:])))
 
         def forward(self, x):
             maps = []
@@ -375,9 +385,9 @@ class MSDNet(nn.Module):
         return logits
 
     def sub_models(self):
-        """List of (name, macs, params) of the exits, exit 1 first: what it takes to get the answer of that exit and no
-        other (the blocks up to it and its own head), as multiply-accumulates of convolutions and linear layers for one
-        3x32x32 image, and parameters including BatchNorm's gamma and beta."""
+        """The exits, exit 1 first, each with its name, macs and params: what it takes to get the answer of that exit
+        and no other (the blocks up to it and its own head), as multiply-accumulates of convolutions and linear layers
+        for one 3x32x32 image, and parameters including BatchNorm's gamma and beta."""
         model, x = copy.deepcopy(self).to("meta").eval(), torch.empty(1, 3, 32, 32, device="meta")      # shapes alone
         subs, blocks_macs, blocks_params = [], 0, 0
         for k, (block, head) in enumerate(zip(model.blocks, model.heads), start=1):
@@ -391,7 +401,7 @@ class MSDNet(nn.Module):
                                         params=blocks_params + sum(p.numel() for p in head.parameters())))
         return subs
 
-    def training_passes(self, generator=None):
+    def training_passes(self, draw_widths):
         """The forward passes of one training step, each x -> list of logits: one pass gives every exit."""
         return [self]
 
@@ -406,6 +416,10 @@ class MSDNet(nn.Module):
 # ====================================================================================================================
 # Data: every split is one uint8 tensor on the training device
 # ====================================================================================================================
+
+DATASETS = ("shapes", "cifar10", "cifar100", "folder")
+CIFAR_STATISTICS = {"cifar10": ((0.4914, 0.4824, 0.4467), (0.2471, 0.2435, 0.2616)),
+                    "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))}      # mean, std of R, G, B
 
 
 class InputError(Exception):
@@ -459,8 +473,8 @@ def load_data(dataset, data_dir, train_size=None):
         data = load_cifar(dataset, data_dir)
     available = len(data.train_images)
     if train_size and train_size > available:
-        raise InputError(f"--train-size {train_size} is more than the {available} training images of {dataset}")
-    if train_size:
+        raise InputError(f"{train_size} training images were asked for, and {dataset} has {available}")
+    if train_size and train_size < available:
         keep = torch.randperm(available, generator=torch.Generator().manual_seed(0))[:train_size]
         data = replace(data, train_images=data.train_images[keep], train_labels=data.train_labels[keep])
     mean, std = CIFAR_STATISTICS.get(dataset) or measure_statistics(data.train_images)
@@ -475,10 +489,6 @@ def measure_statistics(images):
     mean = share @ levels
     std = (share @ levels.square() - mean.square()).sqrt().clamp_min(1e-3)
     return tuple(mean.tolist()), tuple(std.tolist())
-
-
-CIFAR_STATISTICS = {"cifar10": ((0.4914, 0.4824, 0.4467), (0.2471, 0.2435, 0.2616)),
-                    "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))}
 
 
 def load_cifar(name, data_dir):
@@ -497,10 +507,22 @@ def load_cifar(name, data_dir):
     return Data(train_images, train_labels, test_images, test_labels, splits[0].classes)
 
 
+class VisibleImages(torchvision.datasets.ImageFolder):
+    """ImageFolder that tries every file and passes over names that begin with a dot."""
+
+    def __init__(self, root):
+        super().__init__(root, is_valid_file=lambda path: not Path(path).name.startswith("."))
+
+    def find_classes(self, directory):
+        names = sorted(entry.name for entry in os.scandir(directory) if entry.is_dir() and entry.name[0] != ".")
+        if not names:
+            raise FileNotFoundError("no class folders")
+        return names, {name: i for i, name in enumerate(names)}
+
+
 def load_folder(root):
     """Images of any format and size that Pillow reads, as root/train/<class>/* and root/test/<class>/* (or val),
-    converted to RGB and resized to 32x32. Files whose names begin with a dot are passed over."""
-    visible = lambda path: not Path(path).name.startswith(".")
+    converted to RGB and resized to 32x32."""
     test = "test" if (root / "test").is_dir() else "val"
     splits = []
     for split in ("train", test):
@@ -508,7 +530,7 @@ def load_folder(root):
             raise InputError(f"--data-dir '{root}' has no folder '{split}': expected {root}/train/<class>/* and "
                              f"{root}/test/<class>/* (or val)")
         try:
-            splits.append(torchvision.datasets.ImageFolder(str(root / split), is_valid_file=visible))
+            splits.append(VisibleImages(str(root / split)))
         except OSError as error:                    # no class, or a class without images
             raise InputError(f"'{root / split}': {one_line(error)}") from error
     train, test = splits
@@ -575,6 +597,9 @@ def one_line(error):
 # Training
 # ====================================================================================================================
 
+METHODS = ("ce", "ipkd", "ipkd-ta")
+AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 @dataclass
 class Family:
@@ -627,16 +652,13 @@ def train_step(model, images, labels, cfg, kd_weight, scaler, generator):
     no gradient any more, so each backward adds what its own sub-models contribute to L, and the last loss is all of L.
     """
     known = []
-    for forward in model.training_passes(generator):
+    for forward in model.training_passes(lambda low, high: sandwich_widths(4, low, high, generator)):
         with torch.autocast(images.device.type, AMP_TYPES.get(cfg.amp), enabled=cfg.amp in AMP_TYPES):
             logits = forward(images)
         loss = ipkd_ta_loss(logits + known, labels, cfg.method, kd_weight, cfg.temperature)
         scaler.scale(loss).backward()
         known = [z.detach() for z in logits] + known
     return loss.detach()
-
-
-AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def train(model, data, cfg, tick):
@@ -666,6 +688,8 @@ def train(model, data, cfg, tick):
             loss_sum += loss * len(batch)
             tick(progress)
         loss = loss_sum.item() / n                     # waits for the device: the clock stops after the last step
+        if not math.isfinite(loss):
+            raise InputError(f"diverged: the loss of epoch {epoch + 1} is {loss}; try a lower --lr than {cfg.lr}")
         yield {"epoch": epoch + 1, "lr": lr, "kd_weight": kd_weight, "loss": loss}, n / (time.perf_counter() - start)
 
 
@@ -707,33 +731,41 @@ def results_table(sub_models):
 
 
 def report(directories):
-    """All results.json below the directories as Markdown: a table for each setting, a row for each sub-model, a column
-    for each method with the top-1 accuracy as mean ± sample standard deviation over the runs."""
-    paths = {path.resolve() for directory in directories for path in Path(directory).rglob("results.json")}
-    runs = [read_results(path) for path in sorted(paths)]
-    if not runs:
-        raise InputError(f"--report: no results.json below {', '.join(map(str, directories))}")
-    settings = {}
-    for run in runs:                 # runs may differ in these; whatever else differs makes another setting
-        per_run = {"method", "seed", "out", "device", "data_dir" if run["config"]["dataset"] != "folder" else "out"}
-        setting = tuple(sorted((k, str(v)) for k, v in run["config"].items() if k not in per_run))
+    """All results.json of training runs below the directories as Markdown: a table for each setting, a row for each
+    sub-model, a column for each method with the top-1 accuracy as mean ± sample standard deviation over the runs."""
+    settings, seen = {}, {}
+    for path in sorted({path.resolve() for d in directories for path in Path(d).rglob("results.json")}):
+        run = read_results(path)
+        if "evaluated" in run:       # by --eval: no run of its own
+            continue
+        cfg = run["config"]          # runs may differ in these; whatever else differs makes another setting
+        per_run = {"method", "seed", "out", "device", "data_dir" if cfg["dataset"] != "folder" else "out"}
+        setting = {k: str(v) for k, v in cfg.items() if k not in per_run}
+        setting["sub-models"] = ", ".join(sub["name"] for sub in run["sub_models"])
+        setting = tuple(sorted(setting.items()))
+        twin = seen.setdefault((setting, cfg["method"], cfg["seed"]), path)
+        if twin != path:
+            raise InputError(f"'{twin}' and '{path}' are runs of the same setting and seed: report on one of them")
         settings.setdefault(setting, []).append(run)
-    differing = {k for k, v in set().union(*settings) if any((k, v) not in setting for setting in settings)}
+    if not settings:
+        raise InputError(f"--report: no results.json of a run below {', '.join(map(str, directories))}")
 
     lines = []
-    for setting, group in sorted(settings.items()):
-        cfg = group[0]["config"]
-        methods = [m for m in METHODS if any(run["config"]["method"] == m for run in group)]
-        seeds = {m: [run["config"]["seed"] for run in group if run["config"]["method"] == m] for m in methods}
-        details = [f"{k} {v}" for k, v in setting if k in differing - {"arch", "dataset", "epochs", "train_size"}]
+    for setting, runs in sorted(settings.items()):
+        cfg, subs = runs[0]["config"], runs[0]["sub_models"]
+        by_method = {m: [run for run in runs if run["config"]["method"] == m] for m in METHODS}
+        by_method = {m: found for m, found in by_method.items() if found}
+        related = [other for other in settings if {("arch", cfg["arch"]), ("dataset", cfg["dataset"])} <= set(other)]
+        told_apart_by = [f"{k} {v}" for k, v in setting if any((k, v) not in other for other in related)
+                         and k not in ("epochs", "train_size", "sub-models")]
+        counts = [f"{m} ({len(found)} {'run' if len(found) == 1 else 'runs'})" for m, found in by_method.items()]
         lines += [f"### {cfg['arch']} on {cfg['dataset']}", "",
-                  ", ".join([f"{cfg['epochs']} epochs of {cfg['train_size']:,} images", "top-1 in %", *details]), "",
-                  "| sub-model | MMACs | params | " + " | ".join(
-                      f"{m} ({len(s)} {'run' if len(s) == 1 else 'runs'})" for m, s in seeds.items()) + " |",
-                  "|---" + "|---:" * (2 + len(methods)) + "|"]
-        for k, sub in enumerate(group[0]["sub_models"]):
-            cells = [mean_and_deviation([run["sub_models"][k]["top1"] for run in group if run["config"]["method"] == m])
-                     for m in methods]
+                  ", ".join([f"{cfg['epochs']} epochs of {cfg['train_size']:,} images", "top-1 in %", *told_apart_by]),
+                  "", f"| sub-model | MMACs | params | {' | '.join(counts)} |",
+                  "|---" + "|---:" * (2 + len(counts)) + "|"]
+        for k, sub in enumerate(subs):
+            cells = [mean_and_deviation([run["sub_models"][k]["top1"] for run in found])
+                     for found in by_method.values()]
             lines.append(f"| {sub['name']} | {sub['macs'] / 1e6:.2f} | {sub['params']:,} | {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)
@@ -747,8 +779,10 @@ def mean_and_deviation(values):
 def read_results(path):
     try:
         run = json.loads(path.read_text())
-        wanted = [run["config"][k] for k in ("arch", "dataset", "method", "seed", "epochs", "train_size")]
-        wanted += [sub[k] for sub in run["sub_models"] for k in ("name", "macs", "params", "top1")]
+        for part, keys in ((run["config"], ("arch", "dataset", "method", "seed", "epochs", "train_size")),
+                           *((sub, ("name", "macs", "params", "top1")) for sub in run["sub_models"])):
+            if not set(keys) <= set(part):
+                raise ValueError(f"it lacks {', '.join(sorted(set(keys) - set(part)))}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {one_line(error)}"
         raise InputError(f"'{path}' is not the results.json of a run ({reason})") from error
@@ -758,9 +792,6 @@ def read_results(path):
 # ====================================================================================================================
 # Command line
 # ====================================================================================================================
-
-METHODS = ("ce", "ipkd", "ipkd-ta")
-DATASETS = ("shapes", "cifar10", "cifar100", "folder")
 
 
 class Parser(argparse.ArgumentParser):
@@ -801,7 +832,7 @@ def build_parser():
             kwargs["metavar"] = "N" if kwargs["type"] is count else "X"
         group.add_argument(flag, help=f"{text} (default: {shown})", **kwargs)
 
-    count, share, positive = number(int, 1), number(float, 0, 1), number(float, 0, above=True)
+    count, share = number(int, 1, 2**31 - 1), number(float, 0, 1)
     by_family = lambda name: ", ".join(f"{arch} {getattr(family, name)}" for arch, family in FAMILIES.items())
 
     g = parser.add_argument_group("what to train")
@@ -817,12 +848,12 @@ def build_parser():
     add(g, "--method", "ipkd-ta", "teacher of a sub-model: none, the largest, or the next larger", choices=METHODS)
     add(g, "--kd-weight", 0.5, "weight of the teacher against the labels, 0 to 1", type=share)
     add(g, "--kd-warmup", 1.0, "share of training over which that weight rises from 0, 0 to 1", type=share)
-    add(g, "--temperature", 1.0, "softmax temperature of the distillation", type=positive)
+    add(g, "--temperature", 1.0, "softmax temperature of the distillation", type=number(float, 0.001))
 
     g = parser.add_argument_group("training")
     add(g, "--epochs", None, "passes over the training images", by_family("epochs"), type=count)
     add(g, "--batch-size", 64, "images per step", type=count)
-    add(g, "--lr", 0.1, "highest learning rate of SGD", type=positive)
+    add(g, "--lr", 0.1, "highest learning rate of SGD", type=number(float, 0, above=True))
     add(g, "--lr-warmup", 0.05, "share of training over which the learning rate rises from 0, 0 to 1", type=share)
     add(g, "--schedule", None, "multistep: x 0.1 at 50 %% and 75 %% of training; cosine, linear: down to 0",
         by_family("schedule"), choices=("multistep", "cosine", "linear"))
@@ -890,8 +921,8 @@ def pick_device(name):
     """torch.device of --device, made sure of."""
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.rand(1, generator=torch.Generator(device), device=device)
+    except Exception as error:              # unknown, absent, or unable to compute: torch raises many types
         raise InputError(f"--device {name} cannot be used here ({one_line(error)[:200]})") from error
     return device
 
@@ -909,8 +940,10 @@ def run_training(cfg):
     device = pick_device(cfg.device)
     cfg.device, cfg.amp = str(device), pick_amp(cfg.amp, device)
     cfg.out = cfg.out or free_name(f"runs/{cfg.arch}-{cfg.dataset}-{cfg.method}-seed{cfg.seed}")
-    files = ["config.json", "metrics.jsonl", "checkpoint.pt", "results.json"]
-    out = run_directory(cfg.out, vars(cfg).pop("overwrite"), files)
+    out, files = Path(cfg.out), ["config.json", "metrics.jsonl", "checkpoint.pt", "results.json"]
+    refuse_to_overwrite(out, files, vars(cfg).pop("overwrite"))
+    with torch.device("meta"):
+        build_model(cfg, num_classes=10)             # wrong options are told before any work
     start = time.perf_counter()
     data = load_data(cfg.dataset, cfg.data_dir, cfg.train_size).to(device)
     seconds, cfg.train_size = time.perf_counter() - start, len(data.train_images)
@@ -924,6 +957,7 @@ def run_training(cfg):
           f"writing to {out}", flush=True)
 
     start, progress = time.perf_counter(), Progress()
+    make_directory(out)
     for name in files:
         (out / name).unlink(missing_ok=True)
     write_json(out / "config.json", vars(cfg))
@@ -944,17 +978,19 @@ def run_training(cfg):
     print(results_table(sub_models))
 
 
-def run_evaluation(given):
+def run_evaluation(given, defaults):
     """Evaluate a checkpoint as its run did; slimmable networks with universal BatchNorm at any --widths."""
     for name in set(given) - {"eval", "data_dir", "device", "widths", "out", "overwrite"}:
         raise InputError(f"{flag(name)} has no meaning with --eval, which takes the options of the checkpoint's run")
     checkpoint = load_checkpoint(Path(given["eval"]))
-    cfg = SimpleNamespace(**checkpoint["config"])
+    cfg = SimpleNamespace(**{**defaults, **checkpoint["config"]})
     if "widths" in given and cfg.arch != "slimmable":
         raise InputError(f"--widths is an option of --arch slimmable, and '{given['eval']}' holds {cfg.arch}")
     device = pick_device(given.get("device", "auto"))
     cfg.data_dir, cfg.device = given.get("data_dir", cfg.data_dir), str(device)
-    out = run_directory(given["out"], given.get("overwrite", False), ["results.json"]) if "out" in given else None
+    out = Path(given["out"]) if "out" in given else None
+    if out:
+        refuse_to_overwrite(out, ["results.json"], given.get("overwrite", False))
 
     data = load_data(cfg.dataset, cfg.data_dir, cfg.train_size)
     if data.classes != checkpoint["classes"]:
@@ -971,20 +1007,23 @@ def run_evaluation(given):
         raise InputError(f"'{given['eval']}': {one_line(error)}") from error
     print(results_table(sub_models))
     if out:
-        write_results(out, cfg, sub_models)
+        make_directory(out)
+        write_results(out, cfg, sub_models, evaluated=given["eval"])
 
 
-def run_directory(out, overwrite, files):
-    """Path of the directory, made if need be, which holds none of the files unless they may be overwritten."""
-    out = Path(out)
+def refuse_to_overwrite(out, files, overwrite):
+    present = [name for name in files if (out / name).exists()]
+    if present and not overwrite:
+        raise InputError(f"--out '{out}' already holds {', '.join(present)}: choose another directory, or --overwrite")
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out '{out}' is not a directory: choose another name")
+
+
+def make_directory(out):
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--out '{out}' cannot be made a directory ({one_line(error)})") from error
-    present = [name for name in files if (out / name).exists()]
-    if present and not overwrite:
-        raise InputError(f"--out '{out}' already holds {', '.join(present)}: choose another directory, or --overwrite")
-    return out
 
 
 def free_name(path):
@@ -1034,7 +1073,7 @@ class Progress:
         now = time.perf_counter()
         if self.live and now - self.shown > 0.2:
             self.shown, left = now, (now - self.start) * (1 - share) / share
-            left = time.strftime("%H:%M:%S", time.gmtime(left))
+            left = f"{int(left) // 3600}:{int(left) // 60 % 60:02}:{int(left) % 60:02}"
             print(f"\r\x1b[K{share:6.1%} done, {left} left", end="", file=sys.stderr, flush=True)
 
     def clear(self):
@@ -1064,7 +1103,7 @@ def main(argv=None):
                 raise InputError(f"{flag(min(set(given) - {'report'}))} has no meaning with --report")
             print(report(given["report"]))
         elif "eval" in given:
-            run_evaluation(given)
+            run_evaluation(given, defaults)
         else:
             run_training(settle(given, defaults))
     except InputError as error:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train every architecture with every method on every data set and seed, one after the other, then print all results
 # as Markdown tables, mean ± standard deviation over the seeds. Runs that are finished are skipped, so an interrupted
-# script can be started again. Options given to the script are passed on to every run.
+# script can be started again; give other settings another OUT. Options given to the script are passed on to every run.
 #
 #   ./run_cifar.sh                                                        # the whole study
 #   EPOCHS=30 DATASETS=cifar10 SEEDS="0 1 2" OUT=short ./run_cifar.sh     # a part of it
@@ -28,15 +28,20 @@ for seed in $SEEDS; do
         fi
         echo "== $name"
         "$PYTHON" ipkd_ta.py --arch "$arch" --dataset "$dataset" --method "$method" --seed "$seed" \
-          ${EPOCHS:+--epochs "$EPOCHS"} --out "$OUT/$name" --overwrite "$@" || failed+=("$name")
+          ${EPOCHS:+--epochs "$EPOCHS"} --out "$OUT/$name" --overwrite "$@"
+        status=$?
+        [ $status -eq 130 ] && exit 130          # interrupted from the keyboard: stop altogether
+        [ $status -eq 0 ] || failed+=("$name")
       done
     done
   done
 done
 
 echo
-"$PYTHON" ipkd_ta.py --report "$OUT" || exit
+"$PYTHON" ipkd_ta.py --report "$OUT"
+status=$?
 if [ ${#failed[@]} -gt 0 ]; then
   echo "run_cifar.sh: failed: ${failed[*]}" >&2
-  exit 1
+  status=1
 fi
+exit $status

@@ -155,7 +155,7 @@ def test_loss_names_the_wrong_argument(change, message):
     (ipkd_ta_loss, "ipkd_ta_loss([torch.zeros(2, 3)] * 3, torch.tensor([0, 1])).item()"),
     (sandwich_widths, "sandwich_widths(4, 0.25, 1.0)"),
     (MSDNet, "MSDNet(10, exits=2, base=1)(torch.zeros(2, 3, 32, 32)), MSDNet(10).sub_models()"),
-    (SlimmableMobileNetV1, "m = SlimmableMobileNetV1(10); m.sub_models(); m(torch.zeros(2, 3, 32, 32), 0.3); "
+    (SlimmableMobileNetV1, "m = SlimmableMobileNetV1(10); m.sub_models(), m.training_passes(lambda low, high: [high, low]); m(torch.zeros(2, 3, 32, 32), 0.3); "
                            "m.calibrate([torch.zeros(2, 3, 32, 32)], [0.3]); m.eval()(torch.zeros(2, 3, 32, 32), 0.3)")])
 def test_copied_source_needs_nothing_but_the_imports(thing, use):
     imports = "\n".join(line for line in (HERE / "ipkd_ta.py").read_text().splitlines() if line.startswith(("import ", "from ")))
@@ -226,11 +226,10 @@ def plain_mobilenet(counts, classes):
 
 def given_sliced_weights(model, width):
     """plain_mobilenet at this width, with the first channels of the weights of the slimmable model, by state_dict."""
-    scaled = [max(8, 8 * math.floor(c * width / 8 + 0.5)) for c in
-              (32, 64, 128, 128, 256, 256, 512, 512, 512, 512, 512, 512, 1024, 1024)]
-    scaled = [c if c >= 0.9 * base * width else c + 8 for c, base in
-              zip(scaled, (32, 64, 128, 128, 256, 256, 512, 512, 512, 512, 512, 512, 1024, 1024))]
-    plain = plain_mobilenet(scaled, model.classifier.out_features)
+    a, b, c, d, e, f = {0.25: (8, 16, 32, 64, 128, 256), 0.3: (16, 24, 40, 80, 152, 304), 0.4: (16, 24, 48, 104, 208, 408),
+                        0.55: (16, 32, 72, 144, 280, 560), 0.75: (24, 48, 96, 192, 384, 768),
+                        1.0: (32, 64, 128, 256, 512, 1024)}[width]
+    plain = plain_mobilenet([a, b, c, c, d, d, e, e, e, e, e, e, f, f], model.classifier.out_features)
     theirs, i = model.state_dict(), 0
     key = "norms." + str(width).replace(".", "_")
     affine = "affine" if model.bn == "universal" else key
@@ -292,17 +291,22 @@ def test_calibrated_statistics_equal_those_computed_directly_over_the_same_image
         torch.testing.assert_close(norm.running_var, var, rtol=1e-4, atol=1e-5)
 
 
-def test_calibrating_again_replaces_the_statistics_and_training_leaves_them_alone():
+def test_calibrated_statistics_are_replaced_by_the_next_calibration_and_forgotten_by_training_and_loading():
     torch.manual_seed(0)
     model, x = SlimmableMobileNetV1(10), torch.randn(8, 3, 32, 32)
-    model.calibrate([x * 5], [0.5])
+    state = model.state_dict()
     model.calibrate([x], [0.5])
-    before = model.norms["0_5"][3].running_mean.clone()
-    fresh = SlimmableMobileNetV1(10)
-    fresh.load_state_dict(model.state_dict())
-    fresh.calibrate([x], [0.5])
-    model.train()(x * 7, 0.5)
-    assert before.equal(fresh.norms["0_5"][3].running_mean) and before.equal(model.norms["0_5"][3].running_mean)
+    once = model.norms["0_5"][3].running_mean.clone()
+    model.calibrate([x * 5, x], [0.5])
+    model.calibrate(iter([x]), [0.5])
+    assert once.equal(model.norms["0_5"][3].running_mean)
+    model.train()
+    assert not model.norms                                 # stale as soon as the weights change
+    model.calibrate([x])
+    model.load_state_dict(state)                           # saved before any calibration
+    assert not model.norms
+    with pytest.raises(ValueError, match="at least one batch"):
+        model.calibrate([])
 
 
 def test_state_dict_restores_calibrated_widths_into_a_new_model():
@@ -371,6 +375,8 @@ def test_msdnet_cost_equals_the_reference_table():
 @pytest.mark.parametrize("kwargs, scales, coarsest", [
     # 10 layers, one scale fewer after 4 and 8: per block 1, 2, 3, 4 layers; n = 8 12|16 20|24 (28) 14 18|22 26 (30) 15 19
     (dict(exits=4, base=1, step=1, step_mode="lin_grow", channels=8, growth=4), [3, 3, 2, 1], [48, 80, 72, 76]),
+    # 2 layers, one scale fewer after the first: n = 3 4|(5) 2
+    (dict(exits=2, base=1, step=1, channels=3, growth=1), [3, 2], [16, 8]),
     # 6 layers, after 2 and 4: per block 2 layers; n = 6 9 12|(15) 7 10|(13) 6 9
     (dict(exits=3, base=2, step=2, step_mode="even", channels=6, growth=3), [3, 2, 1], [48, 40, 36])])
 def test_other_configurations_have_the_right_shapes_and_scale_reductions(kwargs, scales, coarsest):
@@ -429,7 +435,7 @@ def tiny_model(arch):
 def test_gradients_of_a_step_are_those_of_the_whole_loss_at_once(arch, method):
     model, x, y = tiny_model(arch), torch.randn(8, 3, 32, 32), torch.arange(8)
     cfg = SimpleNamespace(method=method, temperature=2.0, amp="off")
-    passes = model.training_passes(torch.Generator().manual_seed(3))
+    passes = model.training_passes(lambda low, high: sandwich_widths(4, low, high, torch.Generator().manual_seed(3)))
     assert len(passes) == {"msdnet": 1, "universal": 4, "switchable": 3}[arch]
     logits = [z for forward in reversed(passes) for z in forward(x)]             # smallest sub-model first
     whole = ipkd_ta_loss(logits, y, method, 0.5, 2.0)
@@ -515,19 +521,54 @@ def test_same_seed_gives_bit_identical_results_and_another_seed_does_not(arch, t
 def test_training_learns_what_it_is_shown():
     data = ipkd_ta.load_data("shapes", None, 64)
     model = tiny_model("msdnet")
-    cfg = SimpleNamespace(seed=0, lr=0.1, batch_size=16, epochs=12, schedule="cosine", lr_warmup=0.1, kd_weight=0.5, kd_warmup=1.0,
-                          temperature=1.0, method="ipkd-ta", amp="off")
+    cfg = training_options(epochs=12, schedule="cosine", lr_warmup=0.1, kd_warmup=1.0)
     shares = []
     losses = [record["loss"] for record, speed in ipkd_ta.train(model, data, cfg, shares.append)]
     assert losses[-1] < 0.6 * losses[0]
     assert shares == sorted(shares) and len(shares) == 48 and 0 < shares[0] and shares[-1] < 1
 
 
+@pytest.mark.parametrize("arch", ["msdnet", "universal"])
+@pytest.mark.parametrize("amp, dtype", [("off", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_mixed_precision_computes_in_half_and_keeps_float32_weights_and_loss(arch, amp, dtype):
+    model, cfg = tiny_model(arch), SimpleNamespace(method="ipkd-ta", temperature=1.0, amp=amp)
+    passes, seen = model.training_passes, []
+    model.training_passes = lambda draw: [lambda x, f=f: [seen.append(z.dtype) or z for z in f(x)] for f in passes(draw)]
+    loss = ipkd_ta.train_step(model, torch.randn(4, 3, 32, 32), torch.arange(4), cfg, 0.5, torch.amp.GradScaler(enabled=False), None)
+    assert set(seen) == {dtype} and loss.dtype == torch.float32 and loss.isfinite()
+    assert all(p.dtype == p.grad.dtype == torch.float32 for p in model.parameters())
+
+
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
-def test_mixed_precision_keeps_float32_weights_and_learns(amp, tmp_path):
+def test_mixed_precision_trains(amp, tmp_path):
     assert run("--out", tmp_path, "--amp", amp, *TINY["msdnet"], *QUICK) == 0
-    assert all(v.dtype != torch.float16 for v in torch.load(tmp_path / "checkpoint.pt", weights_only=True)["model"].values())
     assert all(math.isfinite(s["loss"]) for s in results(tmp_path)["sub_models"])
+
+
+def training_options(**changes):
+    return SimpleNamespace(**{**dict(seed=0, lr=0.1, batch_size=16, epochs=1, schedule="linear", lr_warmup=0, kd_weight=0.5, kd_warmup=0,
+                                     temperature=1.0, method="ipkd-ta", amp="off"), **changes})
+
+
+def test_a_training_step_is_sgd_with_nesterov_momentum_and_weight_decay_on_the_augmented_batch():
+    data, model, reference = ipkd_ta.load_data("shapes", None, 12), tiny_model("msdnet"), tiny_model("msdnet")
+    (record, _), = ipkd_ta.train(model, data, training_options(), lambda share: None)
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
+    images = data.normalise(ipkd_ta.augment(data.train_images[order], torch.Generator().manual_seed(0)))
+    loss = ipkd_ta_loss(reference(images), data.train_labels[order])
+    gradients = torch.autograd.grad(loss, list(reference.parameters()))
+    assert record["loss"] == pytest.approx(loss.item(), rel=1e-5) and record["lr"] == pytest.approx(0.05)
+    for after, before, gradient in zip(model.parameters(), reference.parameters(), gradients):
+        torch.testing.assert_close(after, before - 0.05 * 1.9 * (gradient + 1e-4 * before), rtol=1e-3, atol=1e-5)
+
+
+def test_the_loss_of_an_epoch_is_the_mean_over_images_and_a_divergence_stops_the_run(monkeypatch):
+    data, losses = ipkd_ta.load_data("shapes", None, 12), iter([1.0, 4.0, 2.0, math.nan])
+    monkeypatch.setattr(ipkd_ta, "train_step", lambda *args: torch.tensor(next(losses)))
+    epochs = ipkd_ta.train(tiny_model("msdnet"), data, training_options(batch_size=8, epochs=2), lambda share: None)
+    assert next(epochs)[0]["loss"] == pytest.approx((8 * 1 + 4 * 4) / 12)
+    with pytest.raises(InputError, match="the loss of epoch 2 is nan; try a lower --lr than 0.1"):
+        next(epochs)
 
 
 def test_amp_auto_is_off_on_the_cpu():
@@ -548,13 +589,17 @@ def test_cuda_trains_and_evaluates(arch, amp, tmp_path):
     assert all(math.isfinite(s["loss"]) for s in results(tmp_path)["sub_models"])
 
 
-def test_a_terminal_sees_a_live_line_with_the_time_left(tmp_path):
-    pty = pytest.importorskip("pty")
-    master, slave = pty.openpty()
-    subprocess.run([sys.executable, "ipkd_ta.py", "--out", tmp_path, *TINY["msdnet"], "--train-size", "200", "--batch-size", "8", "--epochs", "1"],
-                   cwd=HERE, stderr=slave, stdout=subprocess.PIPE, check=True)
-    os.close(slave)
-    assert re.search(rb"\d+\.\d% done, \d\d:\d\d:\d\d left", os.read(master, 100_000))
+def test_a_terminal_sees_a_live_line_with_the_time_left_and_a_file_nothing(monkeypatch, capsys):
+    clock = iter([0.0, 0.1, 36_000.0])
+    monkeypatch.setattr(ipkd_ta.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    progress = ipkd_ta.Progress()
+    progress(0.01)                               # too soon after the last line
+    assert capsys.readouterr().err == ""
+    progress(0.25)
+    assert capsys.readouterr().err == "\r\x1b[K 25.0% done, 30:00:00 left"
+    progress.clear()
+    assert capsys.readouterr().err == "\r\x1b[K"
 
 
 # -------------------------------------------------------------------------------------------------------------- data
@@ -655,6 +700,7 @@ def write_images(root, splits=("train", "test"), classes=("cat", "dog"), n=4, si
 def test_folder_gives_images_and_labels_in_the_order_of_the_names(tmp_path):
     write_images(tmp_path)
     (tmp_path / "train/cat/.hidden").write_text("not an image")
+    (tmp_path / "train/.hidden").mkdir()
     data = ipkd_ta.load_data("folder", tmp_path)
     assert data.classes == ["cat", "dog"] and data.train_labels.tolist() == [0] * 4 + [1] * 4
     read = lambda path: v2.functional.pil_to_tensor(default_loader(str(path)))
@@ -711,7 +757,7 @@ def test_train_size_takes_the_same_images_at_every_call_and_no_more_than_there_a
     write_images(tmp_path)
     a, b = (ipkd_ta.load_data("folder", tmp_path, 5) for _ in range(2))
     assert len(a.train_images) == 5 and a.train_images.equal(b.train_images) and len(a.test_images) == 8
-    with pytest.raises(InputError, match="--train-size 9 is more than the 8 training images"):
+    with pytest.raises(InputError, match="9 training images were asked for, and folder has 8"):
         ipkd_ta.load_data("folder", tmp_path, 9)
 
 
@@ -739,24 +785,21 @@ def test_evaluation_counts_top1_top5_and_loss():
     assert len(found) == 2
 
 
-def test_logits_that_are_not_numbers_count_as_wrong():
-    model = SimpleNamespace(eval=lambda: None, all_logits=lambda x: [torch.full((len(x), 10), math.nan)])
-    data = SimpleNamespace(test_images=torch.arange(20), test_labels=torch.arange(1, 21) % 9 + 1, normalise=lambda x: x)
-    assert ipkd_ta.evaluate(model, data)[0]["top1"] < 50
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """Directories of a tiny run of each kind."""
     root = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ipkd_ta, "SHAPES_TEST", 50)
+        images = write_images(root / "images", n=150, size=(8, 8))
+        everything = ["--dataset", "folder", "--data-dir", images, *TINY["slimmable"], "--batch-size", "64", "--epochs", "1"]
+        assert run("--out", root / "all images", *everything) == 0
         for name, options in {**TINY, "switchable": [*TINY["slimmable"], "--bn", "switchable"]}.items():
-            assert run("--out", root / name, *options, *QUICK) == 0
+            assert run("--out", root / name, *QUICK, *options) == 0
     return root
 
 
-@pytest.mark.parametrize("name", ["msdnet", "slimmable", "switchable"])
+@pytest.mark.parametrize("name", ["msdnet", "slimmable", "switchable", "all images"])
 def test_eval_repeats_the_results_of_the_run(name, trained, tmp_path, capsys):
     assert run("--eval", trained / name / "checkpoint.pt", "--out", tmp_path) == 0
     assert results(tmp_path)["sub_models"] == results(trained / name)["sub_models"]
@@ -814,8 +857,8 @@ def test_eval_refuses_a_file_that_is_no_checkpoint_and_runs_no_code_from_it(cont
     (["--arch", "slimmable", "--widths", "0"], "above 0 and at most 1, got '0'"),
     (["--arch", "resnet"], "resnet"), (["--batch-size", "0"], "at least 1, got '0'"), (["--epochs", "1.5"], "whole number"),
     (["--lr", "-1"], "above 0"), (["--lr", "nan"], "nan"), (["--lr", "inf"], "inf"), (["--kd-weight", "1.5"], "at most 1"),
-    (["--kd-warmup", "-0.1"], "at least 0"), (["--temperature", "0"], "above 0"), (["--seed", "-1"], "at least 0"),
-    (["--exits", "0"], "at least 1"), (["--device", "abacus"], "abacus"), (["--nonsense"], "--nonsense"), (["--epoch", "1"], "--epoch"),
+    (["--kd-warmup", "-0.1"], "at least 0"), (["--temperature", "0"], "at least 0.001"), (["--seed", "-1"], "at least 0"),
+    (["--exits", "0"], "at least 1"), (["--device", "abacus"], "abacus"), (["--device", "meta"], "meta"), (["--train-size", "9" * 20], "at most"), (["--nonsense"], "--nonsense"), (["--epoch", "1"], "--epoch"),
     (["--report", "nowhere"], "no results.json below nowhere")])
 def test_wrong_options_are_one_clear_line_and_status_2(options, message, tmp_path, capfd):
     mode = [] if "--report" in options else ["--out", tmp_path / "out"]
@@ -885,6 +928,8 @@ def test_report_puts_methods_side_by_side_with_mean_and_deviation_over_seeds(tmp
         write_result(tmp_path, "ce", seed, [ce, ce + 1])
         write_result(tmp_path, "ipkd-ta", seed, [ta, ta + 2])
     write_result(tmp_path, "ipkd", 0, [89.0, 90.0])
+    (tmp_path / "again").mkdir()                                        # by --eval: no run of its own
+    (tmp_path / "again/results.json").write_text(json.dumps({**results(tmp_path / "ce-0-0"), "evaluated": "checkpoint.pt"}))
     assert run("--report", tmp_path, tmp_path / "ce-0-0") == 0          # a run named twice counts once
     assert capsys.readouterr().out.strip().splitlines() == [
         "### msdnet on cifar10", "", "300 epochs of 50,000 images, top-1 in %", "",
@@ -892,13 +937,21 @@ def test_report_puts_methods_side_by_side_with_mean_and_deviation_over_seeds(tmp
         "| exit-1 | 1.00 | 1,000 | 91.00 ± 1.00 | 89.00 | 91.70 ± 0.82 |", "| exit-2 | 2.00 | 2,000 | 92.00 ± 1.00 | 90.00 | 93.70 ± 0.82 |"]
 
 
+def test_report_refuses_two_runs_of_one_setting_and_seed(tmp_path, capsys):
+    write_result(tmp_path, "ce", 0, [90.0])
+    write_result(tmp_path, "ce", 0, [91.0])
+    assert run("--report", tmp_path) == 2
+    assert "ce-0-0" in (err := capsys.readouterr().err) and "ce-0-1" in err
+
+
 def test_report_never_averages_over_different_settings(tmp_path, capsys):
     write_result(tmp_path, "ce", 0, [90.0])
     write_result(tmp_path, "ce", 1, [50.0], lr=0.01)
+    write_result(tmp_path, "ce", 2, [60.0, 61.0])
     write_result(tmp_path, "ce", 0, [40.0], dataset="cifar100")
     run("--report", tmp_path)
     out = capsys.readouterr().out
-    assert out.count("### ") == 3 and out.count("(1 run)") == 3 and "lr 0.01" in out and "lr 0.1\n" in out
+    assert out.count("### ") == 4 and out.count("(1 run)") == 4 and "lr 0.01" in out and "lr 0.1\n" in out
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{\"config\": {}}", "{\"config\": 3, \"sub_models\": []}"])
