@@ -855,11 +855,11 @@ def test_eval_refuses_a_file_that_is_no_checkpoint_and_runs_no_code_from_it(cont
     (["--bn", "switchable"], "--bn is an option of --arch slimmable"),
     (["--arch", "slimmable", "--widths", "0.5", "0.25"], "widths must ascend within (0, 1], got [0.5, 0.25]"),
     (["--arch", "slimmable", "--widths", "0"], "above 0 and at most 1, got '0'"),
-    (["--arch", "resnet"], "resnet"), (["--batch-size", "0"], "at least 1, got '0'"), (["--epochs", "1.5"], "whole number"),
+    (["--arch", "resnet"], "resnet"), (["--batch-size", "0"], "at least 1 and at most 2147483647, got '0'"), (["--epochs", "1.5"], "whole number"),
     (["--lr", "-1"], "above 0"), (["--lr", "nan"], "nan"), (["--lr", "inf"], "inf"), (["--kd-weight", "1.5"], "at most 1"),
     (["--kd-warmup", "-0.1"], "at least 0"), (["--temperature", "0"], "at least 0.001"), (["--seed", "-1"], "at least 0"),
     (["--exits", "0"], "at least 1"), (["--device", "abacus"], "abacus"), (["--device", "meta"], "meta"), (["--train-size", "9" * 20], "at most"), (["--nonsense"], "--nonsense"), (["--epoch", "1"], "--epoch"),
-    (["--report", "nowhere"], "no results.json below nowhere")])
+    (["--report", "nowhere"], "no results.json of a run below nowhere")])
 def test_wrong_options_are_one_clear_line_and_status_2(options, message, tmp_path, capfd):
     mode = [] if "--report" in options else ["--out", tmp_path / "out"]
     assert run(*options, *mode) == 2
