@@ -554,7 +554,7 @@ def read_images(folder):
     return pixels.permute(0, 3, 1, 2).contiguous()
 
 
-SHAPES_TRAIN, SHAPES_TEST, SHAPES_CONTRAST, SHAPES_NOISE = 2000, 1000, 0.5, 0.1
+SHAPES_TRAIN, SHAPES_TEST, SHAPES_CONTRAST, SHAPES_NOISE = 1500, 1000, 0.5, 0.1
 SHAPES = {      # points, radius of the notches between them (the points are at 1), direction of the first point
     "triangle": (3, 0.5, -90), "inverted triangle": (3, 0.5, 90), "square": (4, 0.7071, 45), "diamond": (4, 0.7071, 0),
     "hexagon": (6, 0.866, 0), "disc": (64, 1, 0), "plus": (4, 0.35, 0), "cross": (4, 0.35, 45),
@@ -615,7 +615,7 @@ FAMILIES = {
         epochs=3, batch_size=32, schedule="cosine", exits=4, base=1, step=1, step_mode="lin_grow", channels=8,
         growth=4)),
     "slimmable": Family(SlimmableMobileNetV1, "cosine", 200, dict(
-        epochs=3, batch_size=32)),
+        epochs=3, batch_size=16, widths=(0.125, 0.25, 0.375, 0.5))),
 }
 
 
@@ -826,8 +826,9 @@ def build_parser():
     def add(group, flag, default, text, shown=None, **kwargs):
         name = flag[2:].replace("-", "_")
         defaults[name] = default
-        on_shapes = {f"; on shapes {family.shapes[name]}" for family in FAMILIES.values() if name in family.shapes}
-        shown = f"{shown or default}{''.join(sorted(on_shapes))}"
+        plain = lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        on_shapes = sorted({plain(family.shapes[name]) for family in FAMILIES.values() if name in family.shapes})
+        shown = (shown or plain(default)) + (f"; on shapes {' or '.join(on_shapes)}" if on_shapes else "")
         if "type" in kwargs and "metavar" not in kwargs:
             kwargs["metavar"] = "N" if kwargs["type"] is count else "X"
         group.add_argument(flag, help=f"{text} (default: {shown})", **kwargs)
@@ -876,7 +877,7 @@ def build_parser():
 
     g, own = parser.add_argument_group("--arch slimmable"), model_options(SlimmableMobileNetV1)
     add(g, "--widths", own["widths"], "width multipliers ascending in (0, 1]: the sub-models; with --eval, which to do",
-        " ".join(map(str, own["widths"])), type=number(float, 0, 1, above=True), nargs="+")
+        type=number(float, 0, 1, above=True), nargs="+")
     add(g, "--bn", own["bn"], "one BatchNorm for all widths, calibrated after training, or one for each of --widths",
         choices=("universal", "switchable"))
 
