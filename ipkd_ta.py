@@ -615,7 +615,7 @@ FAMILIES = {
         epochs=3, batch_size=32, schedule="cosine", exits=4, base=1, step=1, step_mode="lin_grow", channels=8,
         growth=4)),
     "slimmable": Family(SlimmableMobileNetV1, "cosine", 200, dict(
-        epochs=3, batch_size=16, widths=(0.125, 0.25, 0.375, 0.5))),
+        epochs=3, batch_size=32, widths=(0.125, 0.25, 0.375, 0.5))),
 }
 
 
