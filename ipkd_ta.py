@@ -239,7 +239,7 @@ class SlimmableMobileNetV1(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def sub_models(self):
-        """The sub-models of `widths`, ascending, each with its name, macs and params: multiply-accumulates of convolutions
+        """The sub-models of `widths`, ascending, with name, macs and params: multiply-accumulates of convolutions
         and classifier for one 3x32x32 image, and parameters including BatchNorm's gamma and beta."""
         model, image = copy.deepcopy(self).to("meta"), torch.empty(1, 3, 32, 32, device="meta")    # shapes alone
         subs = []
@@ -607,7 +607,7 @@ class Family:
     network: type
     schedule: str
     epochs: int
-    shapes: dict         # options that differ on the built-in shapes, so that two CPU cores take two minutes
+    shapes: dict         # options that differ on the built-in shapes: small networks, briefly trained
 
 
 FAMILIES = {
@@ -626,6 +626,7 @@ def model_options(network):
 
 
 def build_model(cfg, num_classes):
+    """The network that the options describe; InputError when they do not fit each other."""
     network = FAMILIES[cfg.arch].network
     try:
         return network(num_classes, **{name: getattr(cfg, name) for name in model_options(network)})
@@ -777,6 +778,7 @@ def mean_and_deviation(values):
 
 
 def read_results(path):
+    """Content of a results.json; InputError when the file is none."""
     try:
         run = json.loads(path.read_text())
         for part, keys in ((run["config"], ("arch", "dataset", "method", "seed", "epochs", "train_size")),
@@ -929,6 +931,7 @@ def pick_device(name):
 
 
 def pick_amp(name, device):
+    """What --amp means on this device: "off", "bf16" or "fp16"."""
     if name != "auto":
         return name
     if device.type != "cuda":
@@ -1052,6 +1055,7 @@ def replace_file(path, write):
 
 
 def load_checkpoint(path):
+    """Content of a checkpoint.pt, on the CPU; code in it is refused, not run. InputError when the file is none."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         missing = {"config", "classes", "mean", "std", "epoch", "model"} - set(checkpoint)
@@ -1083,8 +1087,8 @@ class Progress:
 
 
 def keep_freed_memory():
-    """Have glibc keep freed memory instead of giving it back to the system: every step needs the same amounts again,
-    and fetching them anew costs a CPU step a third of its time or more."""
+    """Have glibc keep freed memory instead of giving it back to the system: every step needs the same amounts again.
+    Measured on two CPU cores: MSDNet of 7 exits from about 55 to 65 images/s, of 4 small exits from 70 to 130."""
     if sys.platform == "linux":
         try:
             libc = ctypes.CDLL("libc.so.6")
