@@ -590,6 +590,7 @@ def load_shapes(train_size):
 
 
 def one_line(error):
+    """Message of an exception without line breaks."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -773,6 +774,7 @@ def report(directories):
 
 
 def mean_and_deviation(values):
+    """Mean ± sample standard deviation as text; the mean alone of a single value."""
     spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.2f}{spread}"
 
@@ -797,6 +799,8 @@ def read_results(path):
 
 
 class Parser(argparse.ArgumentParser):
+    """ArgumentParser that raises InputError instead of printing its usage and leaving."""
+
     def error(self, message):
         raise InputError(f"{message} (see --help)")
 
@@ -901,6 +905,7 @@ def parse(argv):
 
 
 def flag(name):
+    """Option of the command line that sets this name."""
     return "--" + name.replace("_", "-")
 
 
@@ -1016,6 +1021,7 @@ def run_evaluation(given, defaults):
 
 
 def refuse_to_overwrite(out, files, overwrite):
+    """InputError when one of the files is in the directory `out`, or `out` is no directory."""
     present = [name for name in files if (out / name).exists()]
     if present and not overwrite:
         raise InputError(f"--out '{out}' already holds {', '.join(present)}: choose another directory, or --overwrite")
@@ -1024,6 +1030,7 @@ def refuse_to_overwrite(out, files, overwrite):
 
 
 def make_directory(out):
+    """Create the directory and its parents; InputError where that is impossible."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -1039,11 +1046,13 @@ def free_name(path):
 
 
 def write_results(out, cfg, sub_models, **more):
+    """Write out/results.json."""
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "torchvision": torchvision.__version__}
     write_json(out / "results.json", {"config": vars(cfg), "sub_models": sub_models, "versions": versions, **more})
 
 
 def write_json(path, content):
+    """Write JSON in one step."""
     replace_file(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n"))
 
 
