@@ -33,6 +33,7 @@ import torchvision
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision import transforms
 from torchvision.ops import Conv2dNormActivation
 
 # ====================================================================================================================
@@ -162,8 +163,10 @@ class SlimmableMobileNetV1(nn.Module):
 
     def _run(self, x, layers, training, momentum=0.1):
         for conv, weight, mean, var, gamma, beta in layers:
-            groups = len(weight) if conv.groups > 1 else 1
-            x = F.conv2d(x, weight, None, conv.stride, conv.padding, groups=groups)
+            if conv.kernel_size == (1, 1) and x.is_contiguous(memory_format=torch.channels_last):
+                x = F.linear(x.movedim(1, -1), weight.flatten(1)).movedim(-1, 1)      # the same by a matrix product
+            else:
+                x = F.conv2d(x, weight, None, conv.stride, conv.padding, groups=len(weight) if conv.groups > 1 else 1)
             x = F.relu6(F.batch_norm(x, mean, var, gamma, beta, training, momentum))
         x = x.mean(dim=(2, 3))                                                       # (N, channels of the last layer)
         return F.linear(x, self.classifier.weight[:, :x.shape[1]], self.classifier.bias)
@@ -616,7 +619,7 @@ FAMILIES = {
         epochs=3, batch_size=32, schedule="cosine", exits=4, base=1, step=1, step_mode="lin_grow", channels=8,
         growth=4)),
     "slimmable": Family(SlimmableMobileNetV1, "cosine", 200, dict(
-        epochs=3, batch_size=32, widths=(0.125, 0.25, 0.375, 0.5))),
+        epochs=4, batch_size=16, lr=0.03, widths=(0.125, 0.25, 0.375, 0.5))),
 }
 
 
@@ -663,36 +666,63 @@ def train_step(model, images, labels, cfg, kd_weight, scaler, generator):
     return loss.detach()
 
 
+class Trainer:
+    """SGD on a model and the training images of `data`: everything that changes from step to step."""
+
+    def __init__(self, model, data, cfg):
+        device = data.train_images.device
+        self.model, self.data, self.cfg = model, data, cfg
+        self.draws = torch.Generator().manual_seed(cfg.seed)                   # order of the images, widths
+        self.crops = torch.Generator(device).manual_seed(cfg.seed)
+        self.optimizer = torch.optim.SGD(model.parameters(), lr=cfg.lr, momentum=0.9, nesterov=True, weight_decay=1e-4)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=cfg.amp == "fp16")
+
+    def step(self, batch, progress):
+        """One step on the images of these indices, after this share of the training; returns the loss, not waiting
+        for the device."""
+        cfg, data = self.cfg, self.data
+        self.lr = cfg.lr * lr_factor(cfg.schedule, progress) * ramp(progress, cfg.lr_warmup)
+        self.kd_weight = cfg.kd_weight * ramp(progress, cfg.kd_warmup)
+        self.optimizer.param_groups[0]["lr"] = self.lr      # of progress alone: no scheduler object, no state to save
+        images = data.normalise(augment(data.train_images[batch], self.crops))
+        graph = "default" if len(batch) == cfg.batch_size else "force_eager"      # no second graph for the last batch
+        with torch.compiler.set_stance(graph):
+            loss = train_step(self.model, images, data.train_labels[batch], cfg, self.kd_weight, self.scaler,
+                              self.draws)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        return loss
+
+
 def train(model, data, cfg, tick):
     """Train the model in place by SGD; after each epoch yield its record (epoch, lr and kd_weight of the last step,
     mean loss) and its images per second. tick(share): called after every step with the share of the training done."""
-    device, n = data.train_images.device, len(data.train_images)
-    draws = torch.Generator().manual_seed(cfg.seed)                  # order of the images, widths
-    crops = torch.Generator(device).manual_seed(cfg.seed)
-    optimizer = torch.optim.SGD(model.parameters(), lr=cfg.lr, momentum=0.9, nesterov=True, weight_decay=1e-4)
-    scaler = torch.amp.GradScaler(device.type, enabled=cfg.amp == "fp16")
-    steps_per_epoch = math.ceil(n / cfg.batch_size)
-
+    trainer, device, n = Trainer(model, data, cfg), data.train_images.device, len(data.train_images)
     for epoch in range(cfg.epochs):
         model.train()
         start, loss_sum = time.perf_counter(), torch.zeros((), device=device)
-        for i, batch in enumerate(torch.randperm(n, generator=draws).to(device).split(cfg.batch_size)):
-            progress = (epoch + (i + 0.5) / steps_per_epoch) / cfg.epochs        # of the middle of this step
-            lr = cfg.lr * lr_factor(cfg.schedule, progress) * ramp(progress, cfg.lr_warmup)
-            kd_weight = cfg.kd_weight * ramp(progress, cfg.kd_warmup)
-            optimizer.param_groups[0]["lr"] = lr       # of progress alone: no scheduler object, no state to save
-
-            images = data.normalise(augment(data.train_images[batch], crops))
-            loss = train_step(model, images, data.train_labels[batch], cfg, kd_weight, scaler, draws)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
-            loss_sum += loss * len(batch)
+        batches = torch.randperm(n, generator=trainer.draws).to(device).split(cfg.batch_size)
+        for i, batch in enumerate(batches):
+            progress = (epoch + (i + 0.5) / len(batches)) / cfg.epochs           # of the middle of this step
+            loss_sum += trainer.step(batch, progress) * len(batch)
             tick(progress)
         loss = loss_sum.item() / n                     # waits for the device: the clock stops after the last step
         if not math.isfinite(loss):
             raise InputError(f"diverged: the loss of epoch {epoch + 1} is {loss}; try a lower --lr than {cfg.lr}")
-        yield {"epoch": epoch + 1, "lr": lr, "kd_weight": kd_weight, "loss": loss}, n / (time.perf_counter() - start)
+        record = {"epoch": epoch + 1, "lr": trainer.lr, "kd_weight": trainer.kd_weight, "loss": loss}
+        yield record, n / (time.perf_counter() - start)
+
+
+def compile_model(model, device):
+    """Have torch.compile make the model's training passes, at its first step; tells and leaves the model as it is where
+    that cannot work."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
+    except Exception as error:              # no C++ compiler, no Triton: torch raises many types
+        print(f"--compile does not work here, going on without ({one_line(error)[:200]})", file=sys.stderr)
+        return
+    model.compile()
 
 
 # ====================================================================================================================
@@ -701,6 +731,7 @@ def train(model, data, cfg, tick):
 
 
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")
 def evaluate(model, data, batch_size=250):
     """Accuracy of every sub-model on the test images, smallest first, in float32: list of {"top1", "top5" in percent,
     "loss": mean cross-entropy}."""
@@ -727,7 +758,12 @@ def results_table(sub_models):
     rows = [("sub-model", "MMACs", "params", "top-1 %", "top-5 %", "loss")]
     rows += [(s["name"], f"{s['macs'] / 1e6:.2f}", f"{s['params']:,}", f"{s['top1']:.2f}", f"{s['top5']:.2f}",
               f"{s['loss']:.4f}") for s in sub_models]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return aligned(rows)
+
+
+def aligned(rows):
+    """Rows of text cells as lines: the first column aligned to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join("  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:]))])
                      for row in rows)
 
@@ -741,7 +777,7 @@ def report(directories):
         if "evaluated" in run:       # by --eval: no run of its own
             continue
         cfg = run["config"]          # runs may differ in these; whatever else differs makes another setting
-        per_run = {"method", "seed", "out", "device", "data_dir" if cfg["dataset"] != "folder" else "out"}
+        per_run = {"method", "seed", "out", "device", "compile", "data_dir" if cfg["dataset"] != "folder" else "out"}
         setting = {k: str(v) for k, v in cfg.items() if k not in per_run}
         setting["sub-models"] = ", ".join(sub["name"] for sub in run["sub_models"])
         setting = tuple(sorted(setting.items()))
@@ -791,6 +827,137 @@ def read_results(path):
         reason = f"{type(error).__name__}: {one_line(error)}"
         raise InputError(f"'{path}' is not the results.json of a run ({reason})") from error
     return run
+
+
+# ====================================================================================================================
+# Benchmark: this file's training step against the usual way to write one
+# ====================================================================================================================
+
+
+class UsualImages(torch.utils.data.Dataset):
+    """Training images of `data`, each cropped, flipped and normalised on its own by torchvision."""
+
+    def __init__(self, data):
+        self.pixels, self.labels = data.train_images.permute(0, 2, 3, 1).cpu().numpy(), data.train_labels.tolist()
+        self.transform = transforms.Compose([
+            transforms.ToPILImage(), transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(), transforms.Normalize(data.mean.tolist(), data.std.tolist())])
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, i):
+        return self.transform(self.pixels[i]), self.labels[i]
+
+
+def usual_steps(model, data, cfg, draws):
+    """The baseline: training steps without end, eager, in float32 and NCHW memory, on the batches of a DataLoader, each
+    fetching its loss, which is yielded. draws: CPU generator of the widths."""
+    device, scaler = data.train_images.device, torch.amp.GradScaler(enabled=False)
+    cfg = SimpleNamespace(**{**vars(cfg), "amp": "off"})
+    optimizer = torch.optim.SGD(model.parameters(), lr=cfg.lr, momentum=0.9, nesterov=True, weight_decay=1e-4)
+    while True:
+        for images, labels in torch.utils.data.DataLoader(UsualImages(data), cfg.batch_size, shuffle=True):
+            loss = train_step(model, images.to(device), labels.to(device), cfg, cfg.kd_weight, scaler, draws)
+            optimizer.step()
+            optimizer.zero_grad()
+            yield loss.item()
+
+
+def benchmark(cfg, rounds=5, repetitions=2):
+    """Print the speed of both training steps on random images. They take turns in this process: in each round both
+    train the same sub-models, one step to warm up and `repetitions` by the clock."""
+    device = pick_device(cfg.device)
+    cfg.amp = pick_amp(cfg.amp, device)
+    images = torch.randint(256, (8 * cfg.batch_size, 3, 32, 32), dtype=torch.uint8)
+    half = torch.full((3,), 0.5)
+    data = Data(images, torch.arange(len(images)) % 10, None, None, list(range(10)), half, half).to(device)
+    batch = torch.arange(cfg.batch_size, device=device)
+    draws = torch.Generator()
+    baseline = usual_steps(build_model(cfg, 10).to(device), data, cfg, draws)
+    trainer = Trainer(build_model(cfg, 10).to(device, memory_format=torch.channels_last), data, cfg)
+    contestants = (("baseline", lambda: next(baseline), draws),
+                   ("this file", lambda: trainer.step(batch, progress=0.5), trainer.draws))
+
+    def timed(step):
+        wait_for(device)
+        start = time.perf_counter()
+        step()
+        wait_for(device)
+        return time.perf_counter() - start
+
+    if cfg.compile:
+        compile_model(trainer.model, device)
+        seconds = sum(timed(lambda: trainer.step(batch, progress=0.5)) for _ in range(2))
+        print(f"compiling, with two steps: {seconds:.0f} s", flush=True)
+    seconds, memory, flops, rates = {}, {}, [], {}
+    for r in range(rounds):
+        for name, step, generator in contestants:
+            keep_freed_memory(name == "this file")
+            reset_peak_memory(device)
+            for i in range(1 + repetitions):
+                generator.manual_seed(r)
+                if i:
+                    seconds.setdefault(name, []).append(timed(step))
+                elif name == "baseline":
+                    with FlopCounterMode(display=False) as counter:
+                        step()
+                    flops += [counter.get_total_flops()] * repetitions
+                else:
+                    step()
+            memory[name] = max(memory.get(name, 0), peak_memory(device))
+        for kind, rate in matrix_product_rates(device, timed).items():
+            rates.setdefault(kind, []).append(rate)
+
+    rates = {kind: statistics.median(values) for kind, values in rates.items()}
+    rows = [["training step", "images/s", "min-max", "ms", "peak MiB", "GFLOP/s", *(f"of {kind}" for kind in rates)]]
+    for name, times in seconds.items():
+        speed, rate = [cfg.batch_size / t for t in times], statistics.median(f / t for f, t in zip(flops, times)) / 1e9
+        rows.append([name, f"{statistics.median(speed):.1f}", f"{min(speed):.1f}-{max(speed):.1f}",
+                     f"{1e3 * statistics.median(times):.0f}", f"{memory[name] / 2**20:.0f}", f"{rate:.1f}",
+                     *(f"{rate / top:.1%}" for top in rates.values())])
+    print(aligned(rows))
+    print("matrix products: " + ", ".join(f"{kind} {rate:.0f} GFLOP/s" for kind, rate in rates.items()))
+    baseline, own = (statistics.median(times) for times in seconds.values())
+    print(f"ratio of medians: {baseline / own:.2f}")
+
+
+def wait_for(device):
+    """Let the device finish what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def matrix_product_rates(device, timed):
+    """GFLOP/s of square matrix products, per number format. timed(function): seconds that it takes."""
+    formats = {"float32": (torch.float32, "highest")}
+    if device.type == "cuda":
+        formats.update({"tf32": (torch.float32, "high"), "bf16": (torch.bfloat16, "highest")})
+    n, rates, before = 8192 if device.type == "cuda" else 2048, {}, torch.get_float32_matmul_precision()
+    for kind, (dtype, precision) in formats.items():
+        torch.set_float32_matmul_precision(precision)
+        a = torch.rand(n, n, device=device, dtype=dtype)
+        rates[kind] = 2 * n**3 / min(timed(lambda: a @ a) for _ in range(3)) / 1e9
+    torch.set_float32_matmul_precision(before)
+    return rates
+
+
+def reset_peak_memory(device):
+    """Begin a new measurement of peak_memory."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif sys.platform == "linux":
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory(device):
+    """Bytes: of the tensors on a GPU, else of this process in main memory (0 where the system does not tell)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform != "linux":
+        return 0
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
 # ====================================================================================================================
@@ -872,6 +1039,9 @@ def build_parser():
     add(g, "--amp", "auto", "mixed precision; auto: on cuda bf16 where native, else fp16, and off elsewhere",
         choices=("auto", "off", "bf16", "fp16"))
 
+    add(g, "--compile", False, "torch.compile an msdnet: faster steps after minutes of compiling", "off",
+        action="store_true")
+
     g, own = parser.add_argument_group("--arch msdnet"), model_options(MSDNet)
     add(g, "--exits", own["exits"], "classifiers: the sub-models", type=count)
     add(g, "--base", own["base"], "layers before the first exit", type=count)
@@ -893,6 +1063,8 @@ def build_parser():
     add(g, "--overwrite", False, "replace the run that --out holds", "refuse", action="store_true")
     modes = g.add_mutually_exclusive_group()
     modes.add_argument("--eval", metavar="CHECKPOINT", help="evaluate a checkpoint.pt instead of training")
+    modes.add_argument("--benchmark", action="store_true", help="time training steps on random images against those of "
+                       "usual code; takes the options of the network, the method and the machine")
     modes.add_argument("--report", nargs="+", metavar="DIR",
                        help="print all results.json below the directories as Markdown tables")
     return parser, defaults
@@ -918,6 +1090,8 @@ def settle(given, defaults):
             if name in given:
                 raise InputError(f"{flag(name)} is an option of --arch {arch}: it has no meaning for --arch {cfg.arch}")
             delattr(cfg, name)
+    if cfg.compile and cfg.arch == "slimmable":
+        raise InputError("--compile is for --arch msdnet: a slimmable network would need a graph for every drawn width")
     if cfg.dataset == "shapes":
         vars(cfg).update({**family.shapes, **given})
     cfg.epochs = cfg.epochs or family.epochs
@@ -959,6 +1133,8 @@ def run_training(cfg):
     torch.manual_seed(cfg.seed)
     model = build_model(cfg, len(data.classes)).to(device, memory_format=torch.channels_last)
     costs = [vars(sub) for sub in model.sub_models()]
+    if cfg.compile:
+        compile_model(model, device)
     smallest, largest = costs[0]["name"], costs[-1]["name"]
     print(f"{cfg.arch}, {len(costs)} sub-models, {sum(p.numel() for p in model.parameters()):,} parameters; method "
           f"{cfg.method}; {cfg.device}, amp {cfg.amp}\n{cfg.dataset}: {len(data.train_images):,} training and "
@@ -1095,14 +1271,17 @@ class Progress:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
-def keep_freed_memory():
+def keep_freed_memory(keep=True):
     """Have glibc keep freed memory instead of giving it back to the system: every step needs the same amounts again.
-    Measured on two CPU cores: MSDNet of 7 exits from about 55 to 65 images/s, of 4 small exits from 70 to 130."""
+    keep=False: give back what is free, and go on as glibc does unasked."""
     if sys.platform == "linux":
         try:
             libc = ctypes.CDLL("libc.so.6")
-            libc.mallopt(-4, 0)             # M_MMAP_MAX: no separate mappings for large blocks
-            libc.mallopt(-1, 2**31 - 1)     # M_TRIM_THRESHOLD: do not shrink the heap
+            libc.mallopt(-4, 0 if keep else 65536)                   # M_MMAP_MAX: separate mappings for large blocks
+            libc.mallopt(-1, 2**31 - 1 if keep else 64 * 2**20)      # M_TRIM_THRESHOLD: free heap to keep
+            if not keep:
+                libc.mallopt(-3, 32 * 2**20)                         # M_MMAP_THRESHOLD: where glibc's own tuning ends
+                libc.malloc_trim(0)
         except (OSError, AttributeError):   # another C library
             pass
 
@@ -1116,6 +1295,10 @@ def main(argv=None):
             if len(given) > 1:
                 raise InputError(f"{flag(min(set(given) - {'report'}))} has no meaning with --report")
             print(report(given["report"]))
+        elif given.pop("benchmark", False):
+            for name in set(given) & {"dataset", "data_dir", "train_size", "epochs", "schedule", "out", "overwrite"}:
+                raise InputError(f"{flag(name)} has no meaning with --benchmark, which trains on random images")
+            benchmark(settle({"dataset": "cifar10", **given}, defaults))
         elif "eval" in given:
             run_evaluation(given, defaults)
         else:

@@ -980,3 +980,53 @@ def test_run_cifar_trains_all_skips_what_is_finished_and_names_what_failed(tmp_p
     assert again.stderr.splitlines()[-1] == "run_cifar.sh: failed: slimmable-shapes-ce-seed0 slimmable-shapes-ipkd-ta-seed0"
     assert again.stdout.count("already finished") == 2 and "| exit-2 |" in again.stdout
     assert before == [(tmp_path / f).stat().st_mtime_ns for f in files]
+
+
+# --------------------------------------------------------------------------------------------------------- benchmark
+
+
+@pytest.mark.parametrize("arch", ["msdnet", "universal", "switchable"])
+def test_both_steps_of_the_benchmark_do_the_same_arithmetic(arch, monkeypatch):
+    unchanged = lambda *args, **kwargs: lambda image: image
+    monkeypatch.setattr(ipkd_ta.transforms, "RandomCrop", unchanged)
+    monkeypatch.setattr(ipkd_ta.transforms, "RandomHorizontalFlip", unchanged)
+    monkeypatch.setattr(ipkd_ta, "augment", lambda images, generator: images)
+    images = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    data = ipkd_ta.Data(images, torch.arange(8), None, None, list(range(10)), torch.full((3,), 0.4), torch.full((3,), 0.3))
+    cfg = SimpleNamespace(batch_size=8, lr=0.001, lr_warmup=0, schedule="linear", kd_weight=0.5, kd_warmup=0, method="ipkd-ta",
+                          temperature=2.0, amp="off", seed=5)
+    usual = ipkd_ta.usual_steps(tiny_model(arch), data, cfg, torch.Generator().manual_seed(5))
+    trainer = ipkd_ta.Trainer(tiny_model(arch).to(memory_format=torch.channels_last), data, cfg)
+    for step in range(3):
+        assert next(usual) == pytest.approx(trainer.step(torch.arange(8), progress=0).item(), rel=2e-3), step
+
+
+@pytest.mark.parametrize("arch", TINY)
+def test_benchmark_prints_both_steps_and_the_ratio_of_their_medians(arch, capsys):
+    assert run(*TINY[arch], "--benchmark", "--batch-size", 4) == 0
+    header, baseline, own, products, ratio = capsys.readouterr().out.splitlines()
+    assert header.split()[:2] == ["training", "step"] and baseline.startswith("baseline ") and own.startswith("this file ")
+    ms = [float(re.findall(r"[\d.]+", line)[3]) for line in (baseline, own)]
+    assert float(ratio.removeprefix("ratio of medians: ")) == pytest.approx(ms[0] / ms[1], rel=0.2)
+    assert re.fullmatch(r"matrix products: float32 \d+ GFLOP/s", products)
+
+
+def test_a_matrix_product_gives_the_same_as_the_1x1_convolutions_of_other_memory_formats():
+    model, x = tiny_model("universal"), torch.randn(4, 3, 32, 32)
+    torch.testing.assert_close(model(x.to(memory_format=torch.channels_last), 0.1), model(x.contiguous(), 0.1), rtol=1e-3, atol=1e-5)
+
+
+def test_a_compiled_run_learns_as_an_eager_one_and_says_where_it_cannot(tmp_path, monkeypatch, capsys):
+    options = [*TINY["msdnet"], *QUICK, "--exits", 1, "--train-size", 24]            # one full batch and a smaller one
+    assert run(*options, "--out", tmp_path / "eager") == 0
+    assert run(*options, "--compile", "--out", tmp_path / "compiled") == 0
+    eager, compiled = (json.loads((tmp_path / d / "metrics.jsonl").read_text()) for d in ("eager", "compiled"))
+    assert compiled["loss"] == pytest.approx(eager["loss"], rel=1e-3)
+
+    def absent(function):
+        raise RuntimeError("no compiler")
+    monkeypatch.setattr(torch, "compile", absent)
+    capsys.readouterr()
+    assert run(*options, "--compile", "--out", tmp_path / "without") == 0
+    assert capsys.readouterr().err == "--compile does not work here, going on without (no compiler)\n"
+    assert (tmp_path / "without" / "metrics.jsonl").read_text() == (tmp_path / "eager" / "metrics.jsonl").read_text()
