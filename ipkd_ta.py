@@ -15,15 +15,18 @@ line. The loss and the two networks need nothing from the rest of the file but t
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import ctypes
 import inspect
 import json
 import math
 import os
+import signal
 import statistics
 import sys
 import time
+import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -56,7 +59,7 @@ def ipkd_ta_loss(logits, target, method="ipkd-ta", kd_weight=0.5, temperature=1.
     Args:
         logits: list of K tensors (N, C), smallest sub-model first. Half precision is computed in float32.
         target: class indices (N,).
-        method, kd_weight in [0, 1], temperature > 0: see above.
+        method, kd_weight in [0, 1], temperature in (0, 1e6]: see above.
     Returns:
         Scalar: summed over sub-models and classes, averaged over the batch. No gradient flows into a teacher.
     Raises:
@@ -64,8 +67,8 @@ def ipkd_ta_loss(logits, target, method="ipkd-ta", kd_weight=0.5, temperature=1.
     """
     if method not in ("ce", "ipkd", "ipkd-ta"):
         raise ValueError(f"method must be 'ce', 'ipkd' or 'ipkd-ta', got {method!r}")
-    if not 0 <= kd_weight <= 1 or not 0 < temperature < math.inf:
-        raise ValueError(f"need 0 <= kd_weight <= 1 and temperature > 0, got {kd_weight} and {temperature}")
+    if not 0 <= kd_weight <= 1 or not 0 < temperature <= 1e6:
+        raise ValueError(f"need 0 <= kd_weight <= 1 and 0 < temperature <= 1e6, got {kd_weight} and {temperature}")
     shapes = [tuple(z.shape) for z in logits]
     if len(set(shapes)) != 1 or len(shapes[0]) != 2:
         raise ValueError(f"logits must be a non-empty list of tensors of one shape (N, C), got shapes {shapes}")
@@ -228,7 +231,7 @@ class SlimmableMobileNetV1(nn.Module):
 
     def _add_norms(self, width):
         norms = (nn.BatchNorm2d(c, affine=self.bn == "switchable") for c in self.channels(width))
-        self.norms[self._key(width)] = nn.ModuleList(norms).to(self.classifier.weight.device)
+        self.norms[self._key(width)] = nn.ModuleList(norms).to(self.classifier.weight)
 
     @staticmethod
     def _key(width):
@@ -634,8 +637,8 @@ def build_model(cfg, num_classes):
     network = FAMILIES[cfg.arch].network
     try:
         return network(num_classes, **{name: getattr(cfg, name) for name in model_options(network)})
-    except ValueError as error:
-        raise InputError(f"--arch {cfg.arch}: {error}") from error
+    except (ValueError, RuntimeError, OverflowError) as error:         # wrong, or too large for any memory
+        raise InputError(f"--arch {cfg.arch}: {one_line(error)[:200]}") from error
 
 
 def lr_factor(schedule, progress):
@@ -667,16 +670,36 @@ def train_step(model, images, labels, cfg, kd_weight, scaler, generator):
 
 
 class Trainer:
-    """SGD on a model and the training images of `data`: everything that changes from step to step."""
+    """SGD on a model and the training images of `data`, and how far it has come: in epochs, and steps of this one."""
 
     def __init__(self, model, data, cfg):
         device = data.train_images.device
         self.model, self.data, self.cfg = model, data, cfg
         self.draws = torch.Generator().manual_seed(cfg.seed)                   # order of the images, widths
         self.crops = torch.Generator(device).manual_seed(cfg.seed)
-        self.optimizer = torch.optim.SGD(model.parameters(), lr=cfg.lr, momentum=0.9, nesterov=True, weight_decay=1e-4,
-                                         fused=True)
         self.scaler = torch.amp.GradScaler(device.type, enabled=cfg.amp == "fp16")
+        self.optimizer = torch.optim.SGD(      # fused, its momentum stays unset when the scaler skips the first step
+            model.parameters(), lr=cfg.lr, momentum=0.9, nesterov=True, weight_decay=1e-4, fused=cfg.amp != "fp16")
+        self.epoch = self.steps = self.lr = self.kd_weight = 0
+        self.order = self.loss_sum = None
+
+    def state(self):
+        """All of it but the model, for `load`: a trainer that loaded it goes on with the same bits."""
+        return {"epoch": self.epoch, "steps": self.steps, "lr": self.lr, "kd_weight": self.kd_weight,
+                "order": self.order, "loss_sum": self.loss_sum, "draws": self.draws.get_state(),
+                "crops": self.crops.get_state(), "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict()}
+
+    def load(self, state):
+        """Go on from what `state` gave."""
+        device = self.data.train_images.device
+        for name in ("epoch", "steps", "lr", "kd_weight"):
+            setattr(self, name, state[name])
+        self.order, self.loss_sum = (x if x is None else x.to(device) for x in (state["order"], state["loss_sum"]))
+        self.draws.set_state(state["draws"])
+        self.crops.set_state(state["crops"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
 
     def step(self, batch, progress):
         """One step on the images of these indices, after this share of the training; returns the loss, not waiting
@@ -686,7 +709,8 @@ class Trainer:
         self.kd_weight = cfg.kd_weight * ramp(progress, cfg.kd_warmup)
         self.optimizer.param_groups[0]["lr"] = self.lr      # of progress alone: no scheduler object, no state to save
         images = data.normalise(augment(data.train_images[batch], self.crops))
-        graph = "default" if len(batch) == cfg.batch_size else "force_eager"      # no second graph for the last batch
+        whole = len(batch) == min(cfg.batch_size, len(data.train_images))
+        graph = "default" if whole else "force_eager"       # no second graph for the last batch
         with torch.compiler.set_stance(graph):
             loss = train_step(self.model, images, data.train_labels[batch], cfg, self.kd_weight, self.scaler,
                               self.draws)
@@ -696,23 +720,30 @@ class Trainer:
         return loss
 
 
-def train(model, data, cfg, tick):
-    """Train the model in place by SGD; after each epoch yield its record (epoch, lr and kd_weight of the last step,
-    mean loss) and its images per second. tick(share): called after every step with the share of the training done."""
-    trainer, device, n = Trainer(model, data, cfg), data.train_images.device, len(data.train_images)
-    for epoch in range(cfg.epochs):
+def train(trainer, tick):
+    """Train from where the trainer is to the end; after each epoch yield its record (epoch, lr and kd_weight of the
+    last step, mean loss) and its images per second. tick(share): called after every step with the share of the
+    training done."""
+    model, cfg, n = trainer.model, trainer.cfg, len(trainer.data.train_images)
+    device = trainer.data.train_images.device
+    while trainer.epoch < cfg.epochs:
         model.train()
-        start, loss_sum = time.perf_counter(), torch.zeros((), device=device)
-        batches = torch.randperm(n, generator=trainer.draws).to(device).split(cfg.batch_size)
-        for i, batch in enumerate(batches):
-            progress = (epoch + (i + 0.5) / len(batches)) / cfg.epochs           # of the middle of this step
-            loss_sum += trainer.step(batch, progress) * len(batch)
+        if trainer.steps == 0:
+            trainer.order = torch.randperm(n, generator=trainer.draws).to(device)
+            trainer.loss_sum = torch.zeros((), device=device)
+        batches = trainer.order.split(cfg.batch_size)
+        start, images = time.perf_counter(), 0
+        for batch in batches[trainer.steps:]:
+            progress = (trainer.epoch + (trainer.steps + 0.5) / len(batches)) / cfg.epochs      # in mid-step
+            trainer.loss_sum += trainer.step(batch, progress) * len(batch)
+            trainer.steps, images = trainer.steps + 1, images + len(batch)
             tick(progress)
-        loss = loss_sum.item() / n                     # waits for the device: the clock stops after the last step
+        loss = trainer.loss_sum.item() / n             # waits for the device: the clock stops after the last step
+        speed = images / (time.perf_counter() - start)
+        trainer.epoch, trainer.steps = trainer.epoch + 1, 0
         if not math.isfinite(loss):
-            raise InputError(f"diverged: the loss of epoch {epoch + 1} is {loss}; try a lower --lr than {cfg.lr}")
-        record = {"epoch": epoch + 1, "lr": trainer.lr, "kd_weight": trainer.kd_weight, "loss": loss}
-        yield record, n / (time.perf_counter() - start)
+            raise InputError(f"diverged: the loss of epoch {trainer.epoch} is {loss}; try a lower --lr than {cfg.lr}")
+        yield {"epoch": trainer.epoch, "lr": trainer.lr, "kd_weight": trainer.kd_weight, "loss": loss}, speed
 
 
 def compile_model(model, device):
@@ -734,8 +765,8 @@ def compile_model(model, device):
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")
 def evaluate(model, data, batch_size=250):
-    """Accuracy of every sub-model on the test images, smallest first, in float32: list of {"top1", "top5" in percent,
-    "loss": mean cross-entropy}."""
+    """Accuracy of every sub-model on the test images, smallest first, without mixed precision: list of {"top1", "top5"
+    in percent, "loss": mean cross-entropy}."""
     model.eval()
     totals = 0
     for images, labels in zip(data.test_images.split(batch_size), data.test_labels.split(batch_size)):
@@ -778,7 +809,8 @@ def report(directories):
         if "evaluated" in run:       # by --eval: no run of its own
             continue
         cfg = run["config"]          # runs may differ in these; whatever else differs makes another setting
-        per_run = {"method", "seed", "out", "device", "compile", "data_dir" if cfg["dataset"] != "folder" else "out"}
+        per_run = {"method", "seed", "out", "device", "compile", "checkpoint_every",
+                   "data_dir" if cfg["dataset"] != "folder" else "out"}
         setting = {k: str(v) for k, v in cfg.items() if k not in per_run}
         setting["sub-models"] = ", ".join(sub["name"] for sub in run["sub_models"])
         setting = tuple(sorted(setting.items()))
@@ -824,6 +856,11 @@ def read_results(path):
                            *((sub, ("name", "macs", "params", "top1")) for sub in run["sub_models"])):
             if not set(keys) <= set(part):
                 raise ValueError(f"it lacks {', '.join(sorted(set(keys) - set(part)))}")
+            for key in set(keys) & {"seed", "epochs", "train_size", "macs", "params", "top1"}:
+                if not isinstance(part[key], (int, float)):
+                    raise ValueError(f"its {key} is {part[key]!r}, no number")
+        if run["config"]["method"] not in METHODS or not run["sub_models"]:
+            raise ValueError("it has an unknown method or no sub-models")
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {one_line(error)}"
         raise InputError(f"'{path}' is not the results.json of a run ({reason})") from error
@@ -868,8 +905,9 @@ def usual_steps(model, data, cfg, draws):
 def benchmark(cfg, rounds=5, repetitions=2):
     """Print the speed of both training steps on random images. They take turns in this process: in each round both
     train the same sub-models, one step to warm up and `repetitions` by the clock."""
-    device = pick_device(cfg.device)
+    device, cfg.kd_warmup = pick_device(cfg.device), 0
     cfg.amp = pick_amp(cfg.amp, device)
+    torch.manual_seed(cfg.seed)
     images = torch.randint(256, (8 * cfg.batch_size, 3, 32, 32), dtype=torch.uint8)
     half = torch.full((3,), 0.5)
     data = Data(images, torch.arange(len(images)) % 10, None, None, list(range(10)), half, half).to(device)
@@ -1023,7 +1061,7 @@ def build_parser():
     add(g, "--method", "ipkd-ta", "teacher of a sub-model: none, the largest, or the next larger", choices=METHODS)
     add(g, "--kd-weight", 0.5, "weight of the teacher against the labels, 0 to 1", type=share)
     add(g, "--kd-warmup", 1.0, "share of training over which that weight rises from 0, 0 to 1", type=share)
-    add(g, "--temperature", 1.0, "softmax temperature of the distillation", type=number(float, 0.001))
+    add(g, "--temperature", 1.0, "softmax temperature of the distillation", type=number(float, 0.001, 1000))
 
     g = parser.add_argument_group("training")
     add(g, "--epochs", None, "passes over the training images", by_family("epochs"), type=count)
@@ -1062,8 +1100,12 @@ def build_parser():
     add(g, "--out", None, "directory of config.json, metrics.jsonl, checkpoint.pt and results.json; with --eval of the "
         "last one alone", "runs/ARCH-DATASET-METHOD-seedN; with --eval none", metavar="DIR")
     add(g, "--overwrite", False, "replace the run that --out holds", "refuse", action="store_true")
+    add(g, "--checkpoint-every", 0, "seconds between checkpoints inside an epoch; 0: at its end alone",
+        type=number(float, 0))
     modes = g.add_mutually_exclusive_group()
     modes.add_argument("--eval", metavar="CHECKPOINT", help="evaluate a checkpoint.pt instead of training")
+    modes.add_argument("--resume", action="store_true",
+                       help="go on with the run in --out, by its options, or begin it where there is none")
     modes.add_argument("--benchmark", action="store_true", help="time training steps on random images against those of "
                        "usual code; takes the options of the network, the method and the machine")
     modes.add_argument("--report", nargs="+", metavar="DIR",
@@ -1122,13 +1164,17 @@ def pick_amp(name, device):
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
-def run_training(cfg):
-    """Train, print and write everything that a run consists of, into its directory."""
+RUN_FILES = ("config.json", "metrics.jsonl", "checkpoint.pt", "checkpoint.previous.pt", "results.json")
+
+
+def run_training(cfg, checkpoint=None, damaged=False):
+    """Train, print and write everything that a run consists of, into its directory; from a checkpoint on if given."""
     device = pick_device(cfg.device)
     cfg.device, cfg.amp = str(device), pick_amp(cfg.amp, device)
     cfg.out = cfg.out or free_name(f"runs/{cfg.arch}-{cfg.dataset}-{cfg.method}-seed{cfg.seed}")
-    out, files = Path(cfg.out), ["config.json", "metrics.jsonl", "checkpoint.pt", "results.json"]
-    refuse_to_overwrite(out, files, vars(cfg).pop("overwrite"))
+    out, overwrite = Path(cfg.out), vars(cfg).pop("overwrite")
+    if not checkpoint:
+        refuse_to_overwrite(out, RUN_FILES, overwrite)
     with torch.device("meta"):
         build_model(cfg, num_classes=10)             # wrong options are told before any work
     start = time.perf_counter()
@@ -1137,34 +1183,115 @@ def run_training(cfg):
     torch.manual_seed(cfg.seed)
     model = build_model(cfg, len(data.classes)).to(device, memory_format=torch.channels_last)
     costs = [vars(sub) for sub in model.sub_models()]
-    if cfg.compile:
-        compile_model(model, device)
-    smallest, largest = costs[0]["name"], costs[-1]["name"]
+    trainer = Trainer(model, data, cfg)
     print(f"{cfg.arch}, {len(costs)} sub-models, {sum(p.numel() for p in model.parameters()):,} parameters; method "
           f"{cfg.method}; {cfg.device}, amp {cfg.amp}\n{cfg.dataset}: {len(data.train_images):,} training and "
           f"{len(data.test_images):,} test images of {len(data.classes)} classes, loaded in {seconds:.1f} s\n"
           f"writing to {out}", flush=True)
 
-    start, progress = time.perf_counter(), Progress()
     make_directory(out)
-    for name in files:
-        (out / name).unlink(missing_ok=True)
-    write_json(out / "config.json", vars(cfg))
-    for record, speed in train(model, data, cfg, progress):
+    with locked(out):
+        if checkpoint:
+            if checkpoint["classes"] != data.classes or not torch.equal(checkpoint["mean"], data.mean.cpu()):
+                raise InputError(f"--resume: the images are not those that the run in '{out}' was trained on")
+            model.load_state_dict(checkpoint["model"])
+            trainer.load(checkpoint["trainer"])
+            (out / "metrics.jsonl").touch()
+            lines = (out / "metrics.jsonl").read_bytes().splitlines(keepends=True)[:trainer.epoch]
+            replace_file(out / "metrics.jsonl", lambda file: file.write(b"".join(lines)))      # without what came later
+            print(f"resuming after {trainer.epoch} epochs and {trainer.steps} steps", flush=True)
+        else:
+            for name in RUN_FILES:
+                (out / name).unlink(missing_ok=True)
+            write_json(out / "config.json", vars(cfg))
+        if cfg.compile:
+            compile_model(model, device)
+        train_and_write(trainer, costs, out, damaged)
+
+
+def train_and_write(trainer, costs, out, damaged):
+    """Train to the end, keeping the files in `out` up to date. SIGINT and SIGTERM end it after a step and a checkpoint.
+    damaged: the checkpoint.pt that is there cannot be read, and must not take the place of the one before."""
+    model, data, cfg = trainer.model, trainer.data, trainer.cfg
+    start, progress, saved, signals = time.perf_counter(), Progress(), time.perf_counter(), []
+    smallest, largest, sub_models = costs[0]["name"], costs[-1]["name"], None
+
+    def save():
+        nonlocal saved, damaged
+        content = {"config": vars(cfg), "classes": data.classes, "mean": data.mean.cpu(), "std": data.std.cpu(),
+                   "epoch": trainer.epoch, "model": model.state_dict(), "trainer": trainer.state()}
+        replace_file(out / "checkpoint.pt", lambda file: torch.save(content, file),
+                     keep=out / f"checkpoint.{'damaged' if damaged else 'previous'}.pt")
+        saved, damaged = time.perf_counter(), False
+
+    def tick(share):
+        progress(share)
+        if signals or cfg.checkpoint_every and time.perf_counter() - saved > cfg.checkpoint_every:
+            save()
+        if signals:
+            progress.clear()
+            print(f"stopped by {signal.Signals(signals[0]).name}; go on with --resume --out {out}", file=sys.stderr)
+            raise SystemExit(128 + signals[0])
+
+    def evaluated():
         model.calibrate(calibration_batches(data))
-        sub_models = [{**cost, **accuracy} for cost, accuracy in zip(costs, evaluate(model, data))]
-        record["top1"] = [sub["top1"] for sub in sub_models]
-        with open(out / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(record) + "\n")
-        checkpoint = {"config": vars(cfg), "classes": data.classes, "mean": data.mean, "std": data.std,
-                      "epoch": record["epoch"], "model": model.state_dict()}
-        replace_file(out / "checkpoint.pt", lambda temporary: torch.save(checkpoint, temporary))
-        progress.clear()
-        print(f"epoch {record['epoch']:{len(str(cfg.epochs))}}/{cfg.epochs}  lr {record['lr']:.4f}  "
-              f"loss {record['loss']:.4f}  {speed:.0f} images/s  top-1 {smallest} {record['top1'][0]:.2f} %, "
-              f"{largest} {record['top1'][-1]:.2f} %", flush=True)
-    write_results(out, cfg, sub_models, seconds=round(time.perf_counter() - start, 1))
+        return [{**cost, **accuracy} for cost, accuracy in zip(costs, evaluate(model, data))]
+
+    stop = lambda number, frame: signals.append(number)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for record, speed in train(trainer, tick):
+            sub_models = evaluated()
+            for sub in sub_models:
+                if not math.isfinite(sub["loss"]):
+                    raise InputError(f"diverged: the test loss of {sub['name']} after epoch {record['epoch']} is "
+                                     f"{sub['loss']}; try a lower --lr than {cfg.lr}")
+            record["top1"] = [sub["top1"] for sub in sub_models]
+            with open(out / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(record) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            save()
+            progress.clear()
+            print(f"epoch {record['epoch']:{len(str(cfg.epochs))}}/{cfg.epochs}  lr {record['lr']:.4f}  "
+                  f"loss {record['loss']:.4f}  {speed:.0f} images/s  top-1 {smallest} {record['top1'][0]:.2f} %, "
+                  f"{largest} {record['top1'][-1]:.2f} %", flush=True)
+        sub_models = sub_models or evaluated()           # resumed after the last epoch
+        write_results(out, cfg, sub_models, seconds=round(time.perf_counter() - start, 1))
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     print(results_table(sub_models))
+
+
+def run_resumed(given, defaults):
+    """Go on with the run in --out by its own options, or begin it where there is none yet."""
+    if "out" not in given:
+        raise InputError("--resume needs --out, the directory of the run")
+    out, given = Path(given["out"]), {k: v for k, v in given.items() if k != "resume"}
+    files = [path for path in (out / "checkpoint.pt", out / "checkpoint.previous.pt") if path.exists()]
+    if not files:
+        if (out / "results.json").exists():
+            raise InputError(f"--resume: '{out}' has results.json and no checkpoint.pt")
+        return run_training(settle({**given, "overwrite": True}, defaults))
+    try:
+        checkpoint, damaged = load_checkpoint(files[0]), False
+    except InputError as error:
+        checkpoint, damaged = load_checkpoint(files[-1]), True
+        print(f"{error}: going on from '{files[-1]}'", file=sys.stderr)
+    if "trainer" not in checkpoint:
+        raise InputError(f"--resume: '{files[0]}' holds no state of the training")
+    config = {**checkpoint["config"], "out": str(out)}
+    other = [f"{flag(k)} {config.get(k)}, not {v}" for k, v in sorted(given.items())
+             if k not in ("out", "overwrite", "device", "data_dir", "checkpoint_every") and (k, v) != ("amp", "auto")
+             and str(config.get(k)) != str(v)]
+    if other:
+        raise InputError(f"--resume: the run in '{out}' has {'; '.join(other)}: its options stay as they are, for the "
+                         "schedules depend on them")
+    if (out / "results.json").exists() and checkpoint["epoch"] == config["epochs"]:
+        print(f"the run in '{out}' is finished")
+        return
+    run_training(SimpleNamespace(**{"overwrite": False, **config, **given}), checkpoint, damaged)
 
 
 def run_evaluation(given, defaults):
@@ -1179,6 +1306,7 @@ def run_evaluation(given, defaults):
     cfg.data_dir, cfg.device = given.get("data_dir", cfg.data_dir), str(device)
     out = Path(given["out"]) if "out" in given else None
     if out:
+        refuse_to_overwrite(out, ["config.json"], overwrite=False)               # a run: its results are not these
         refuse_to_overwrite(out, ["results.json"], given.get("overwrite", False))
 
     data = load_data(cfg.dataset, cfg.data_dir, cfg.train_size)
@@ -1204,7 +1332,8 @@ def refuse_to_overwrite(out, files, overwrite):
     """InputError when one of the files is in the directory `out`, or `out` is no directory."""
     present = [name for name in files if (out / name).exists()]
     if present and not overwrite:
-        raise InputError(f"--out '{out}' already holds {', '.join(present)}: choose another directory, or --overwrite")
+        raise InputError(f"--out '{out}' already holds {', '.join(present)}: choose another directory"
+                         f"{', or --overwrite' if 'results.json' in files else ''}")
     if out.exists() and not out.is_dir():
         raise InputError(f"--out '{out}' is not a directory: choose another name")
 
@@ -1233,21 +1362,60 @@ def write_results(out, cfg, sub_models, **more):
 
 def write_json(path, content):
     """Write JSON in one step."""
-    replace_file(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n"))
+    replace_file(path, lambda file: file.write((json.dumps(content, indent=2) + "\n").encode()))
 
 
-def replace_file(path, write):
-    """Let write(temporary path) make the new content, and put it in place in one step: never half a file."""
+def replace_file(path, write, keep=None):
+    """Let write(binary file) make the new content, get it onto the disk and put it in place in one step: never half a
+    file, whenever the process is killed. keep: a path for what was there before. InputError when the disk is full."""
     temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep and path.exists():
+            os.replace(path, keep)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:        # torch.save turns a full disk into a RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"cannot write '{path}' ({one_line(error)[:200]})") from error
+
+
+@contextlib.contextmanager
+def locked(out):
+    """Keep the directory for this process; InputError when another one has it. Nothing where the system cannot."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    descriptor = os.open(out, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"--out '{out}' is in use by another process: wait for it, or choose another") from error
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def load_checkpoint(path):
-    """Content of a checkpoint.pt, on the CPU; code in it is refused, not run. InputError when the file is none."""
+    """Content of a checkpoint.pt, on the CPU; code in it is refused, not run. InputError when the file is none, or is
+    damaged."""
     try:
+        with zipfile.ZipFile(path) as archive:       # checksums, which torch.load does not look at
+            damaged = archive.testzip()
+        if damaged:
+            raise ValueError(f"its part {damaged} is damaged")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         missing = {"config", "classes", "mean", "std", "epoch", "model"} - set(checkpoint)
+        if not missing:
+            config, mean, std = (checkpoint[name] for name in ("config", "mean", "std"))
+            known = config["arch"] in FAMILIES and config["dataset"] in DATASETS
+            if not known or mean.shape != (3,) or std.shape != (3,) or not isinstance(checkpoint["model"], dict):
+                raise ValueError("its content is not that of a run")
     except Exception as error:              # not there, damaged, or not a checkpoint: torch raises many types
         reason = f"{type(error).__name__}: {one_line(error)[:200]}"
         raise InputError(f"cannot read checkpoint '{path}' ({reason})") from error
@@ -1303,12 +1471,14 @@ def main(argv=None):
             for name in set(given) & {"dataset", "data_dir", "train_size", "epochs", "schedule", "out", "overwrite"}:
                 raise InputError(f"{flag(name)} has no meaning with --benchmark, which trains on random images")
             benchmark(settle({"dataset": "cifar10", **given}, defaults))
+        elif "resume" in given:
+            run_resumed(given, defaults)
         elif "eval" in given:
             run_evaluation(given, defaults)
         else:
             run_training(settle(given, defaults))
-    except InputError as error:
-        print(f"ipkd_ta.py: error: {error}", file=sys.stderr)
+    except (InputError, OSError) as error:       # OSError: a file or directory that cannot be reached or written
+        print(f"ipkd_ta.py: error: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train every architecture with every method on every data set and seed, one after the other, then print all results
-# as Markdown tables, mean ± standard deviation over the seeds. Runs that are finished are skipped, so an interrupted
-# script can be started again; give other settings another OUT. Options given to the script are passed on to every run.
+# as Markdown tables, mean ± standard deviation over the seeds. Runs that are finished are skipped and interrupted ones
+# resumed, so the script can be started again; give other settings another OUT. Options given to the script are passed on to every run.
 #
 #   ./run_cifar.sh                                                        # the whole study
 #   EPOCHS=30 DATASETS=cifar10 SEEDS="0 1 2" OUT=short ./run_cifar.sh     # a part of it
@@ -28,7 +28,7 @@ for seed in $SEEDS; do
         fi
         echo "== $name"
         "$PYTHON" ipkd_ta.py --arch "$arch" --dataset "$dataset" --method "$method" --seed "$seed" \
-          ${EPOCHS:+--epochs "$EPOCHS"} --out "$OUT/$name" --overwrite "$@"
+          ${EPOCHS:+--epochs "$EPOCHS"} --out "$OUT/$name" --resume "$@"
         status=$?
         [ $status -eq 130 ] && exit 130          # interrupted from the keyboard: stop altogether
         [ $status -eq 0 ] || failed+=("$name")

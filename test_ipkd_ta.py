@@ -11,8 +11,10 @@ import math
 import os
 import pickle
 import re
+import signal
 import subprocess
 import sys
+import time
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -523,7 +525,7 @@ def test_training_learns_what_it_is_shown():
     model = tiny_model("msdnet")
     cfg = training_options(epochs=12, schedule="cosine", lr_warmup=0.1, kd_warmup=1.0)
     shares = []
-    losses = [record["loss"] for record, speed in ipkd_ta.train(model, data, cfg, shares.append)]
+    losses = [record["loss"] for record, speed in ipkd_ta.train(ipkd_ta.Trainer(model, data, cfg), shares.append)]
     assert losses[-1] < 0.6 * losses[0]
     assert shares == sorted(shares) and len(shares) == 48 and 0 < shares[0] and shares[-1] < 1
 
@@ -552,7 +554,7 @@ def training_options(**changes):
 
 def test_a_training_step_is_sgd_with_nesterov_momentum_and_weight_decay_on_the_augmented_batch():
     data, model, reference = ipkd_ta.load_data("shapes", None, 12), tiny_model("msdnet"), tiny_model("msdnet")
-    (record, _), = ipkd_ta.train(model, data, training_options(), lambda share: None)
+    (record, _), = ipkd_ta.train(ipkd_ta.Trainer(model, data, training_options()), lambda share: None)
     order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
     images = data.normalise(ipkd_ta.augment(data.train_images[order], torch.Generator().manual_seed(0)))
     loss = ipkd_ta_loss(reference(images), data.train_labels[order])
@@ -565,7 +567,8 @@ def test_a_training_step_is_sgd_with_nesterov_momentum_and_weight_decay_on_the_a
 def test_the_loss_of_an_epoch_is_the_mean_over_images_and_a_divergence_stops_the_run(monkeypatch):
     data, losses = ipkd_ta.load_data("shapes", None, 12), iter([1.0, 4.0, 2.0, math.nan])
     monkeypatch.setattr(ipkd_ta, "train_step", lambda *args: torch.tensor(next(losses)))
-    epochs = ipkd_ta.train(tiny_model("msdnet"), data, training_options(batch_size=8, epochs=2), lambda share: None)
+    trainer = ipkd_ta.Trainer(tiny_model("msdnet"), data, training_options(batch_size=8, epochs=2))
+    epochs = ipkd_ta.train(trainer, lambda share: None)
     assert next(epochs)[0]["loss"] == pytest.approx((8 * 1 + 4 * 4) / 12)
     with pytest.raises(InputError, match="the loss of epoch 2 is nan; try a lower --lr than 0.1"):
         next(epochs)
@@ -1030,3 +1033,251 @@ def test_a_compiled_run_learns_as_an_eager_one_and_says_where_it_cannot(tmp_path
     assert run(*options, "--compile", "--out", tmp_path / "without") == 0
     assert capsys.readouterr().err == "--compile does not work here, going on without (no compiler)\n"
     assert (tmp_path / "without" / "metrics.jsonl").read_text() == (tmp_path / "eager" / "metrics.jsonl").read_text()
+
+
+# ------------------------------------------------------------------------------------------------ interruption, resume
+
+
+class Killed(BaseException):
+    """Ends a run on the spot, as SIGKILL does: no handler of the program's catches it."""
+
+
+LONG = ["--epochs", "3", "--train-size", "40", "--batch-size", "16", "--method", "ipkd-ta"]            # 9 steps
+
+
+def same_outcome(a, b):
+    weights = [torch.load(d / "checkpoint.pt", weights_only=True)["model"] for d in (a, b)]
+    assert weights[0].keys() == weights[1].keys() and all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
+    assert (a / "metrics.jsonl").read_bytes() == (b / "metrics.jsonl").read_bytes()
+    assert results(a)["sub_models"] == results(b)["sub_models"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    patch = pytest.MonkeyPatch()
+    patch.setattr(ipkd_ta, "SHAPES_TEST", 50)
+    root = tmp_path_factory.mktemp("uninterrupted")
+    for arch, options in TINY.items():
+        assert run(*options, *LONG, "--out", root / arch) == 0
+    patch.undo()
+    return root
+
+
+@pytest.mark.parametrize("arch", TINY)
+@pytest.mark.parametrize("every", ["0", "0.000001"])               # checkpoints at the end of epochs, after each step
+@pytest.mark.parametrize("steps", [2, 3, 5])                       # ends before the first epoch's end, at it, after it
+def test_a_killed_run_resumes_to_the_same_bits(arch, every, steps, uninterrupted, tmp_path, monkeypatch):
+    step, left = ipkd_ta.Trainer.step, [steps]
+
+    def mortal(self, *args):
+        if left[0] == 0:
+            raise Killed
+        left[0] -= 1
+        return step(self, *args)
+    options = [*TINY[arch], *LONG, "--checkpoint-every", every, "--out", tmp_path / "run"]
+    with monkeypatch.context() as patch:
+        patch.setattr(ipkd_ta.Trainer, "step", mortal)
+        with pytest.raises(Killed):
+            run(*options)
+    assert run("--resume", *options) == 0
+    same_outcome(tmp_path / "run", uninterrupted / arch)
+
+
+@pytest.mark.parametrize("call", range(7))          # config, three checkpoints (two of them keep one), results
+def test_a_run_killed_while_it_puts_a_file_in_place_resumes_to_the_same_bits(call, uninterrupted, tmp_path, monkeypatch):
+    replace, left = os.replace, [call]
+
+    def mortal(*args):
+        if left[0] == 0:
+            raise Killed
+        left[0] -= 1
+        return replace(*args)
+    options = [*TINY["slimmable"], *LONG, "--out", tmp_path / "run"]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", mortal)
+        with pytest.raises(Killed):
+            run(*options)
+    assert run("--resume", *options) == 0
+    same_outcome(tmp_path / "run", uninterrupted / "slimmable")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(number, uninterrupted, tmp_path, monkeypatch, capsys):
+    step, count = ipkd_ta.Trainer.step, []
+
+    def signalled(self, *args):
+        count.append(1)
+        if len(count) == 5:
+            os.kill(os.getpid(), number)
+        return step(self, *args)
+    options = [*TINY["msdnet"], *LONG, "--out", tmp_path / "run"]
+    with monkeypatch.context() as patch:
+        patch.setattr(ipkd_ta.Trainer, "step", signalled)
+        with pytest.raises(SystemExit) as exit:
+            run(*options)
+    assert exit.value.code == 128 + number and len(count) == 5
+    assert capsys.readouterr().err == f"stopped by {number.name}; go on with --resume --out {tmp_path / 'run'}\n"
+    assert run("--resume", "--out", tmp_path / "run") == 0
+    assert "resuming after 1 epochs and 2 steps" in capsys.readouterr().out
+    same_outcome(tmp_path / "run", uninterrupted / "msdnet")
+
+
+def test_a_process_killed_at_random_moments_ends_with_the_same_weights(tmp_path):
+    options = [*TINY["slimmable"], *LONG, "--checkpoint-every", "0.01", "--epochs", "8"]
+    command = lambda out: [sys.executable, str(HERE / "ipkd_ta.py"), *options, "--resume", "--out", str(out)]
+    assert subprocess.run(command(tmp_path / "whole"), capture_output=True).returncode == 0
+    generator, statuses = torch.Generator().manual_seed(0), []
+    for i in range(int(os.environ.get("IPKD_TA_KILLS", 3))):
+        process = subprocess.Popen(command(tmp_path / "killed"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for line in process.stdout:                                    # the start, then a while at random
+            if line.startswith("writing to"):
+                break
+        time.sleep(1.5 * torch.rand((), generator=generator).item())
+        process.send_signal((signal.SIGKILL, signal.SIGTERM)[i % 2])
+        error = process.communicate()[1]
+        statuses.append(process.returncode)
+        assert "Traceback" not in error
+    assert set(statuses) <= {-signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGTERM, 0} and len(set(statuses)) > 1
+    assert subprocess.run(command(tmp_path / "killed"), capture_output=True).returncode == 0
+    same_outcome(tmp_path / "killed", tmp_path / "whole")
+
+
+@pytest.fixture
+def interrupted(tmp_path, monkeypatch):
+    """A run of msdnet that was killed in its third epoch."""
+    step, left = ipkd_ta.Trainer.step, [7]
+
+    def mortal(self, *args):
+        if left[0] == 0:
+            raise Killed
+        left[0] -= 1
+        return step(self, *args)
+    with monkeypatch.context() as patch:
+        patch.setattr(ipkd_ta.Trainer, "step", mortal)
+        with pytest.raises(Killed):
+            run(*TINY["msdnet"], *LONG, "--out", tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("damage", ["truncated", "garbage", "one byte"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(damage, interrupted, uninterrupted, capsys):
+    path = interrupted / "checkpoint.pt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 255
+    content = {"truncated": content[:-1000], "garbage": b"garbage" * 100, "one byte": content}[damage]
+    path.write_bytes(content)
+    capsys.readouterr()
+    assert run("--resume", "--out", interrupted) == 0
+    out, err = capsys.readouterr()
+    assert err.startswith(f"cannot read checkpoint '{path}'") and "going on from" in err and err.count("\n") == 1
+    assert "resuming after 1 epochs" in out
+    same_outcome(interrupted, uninterrupted / "msdnet")
+
+
+def test_without_a_sound_checkpoint_nothing_is_touched(interrupted, capfd):
+    for name in ("checkpoint.pt", "checkpoint.previous.pt"):
+        (interrupted / name).write_bytes(b"garbage")
+    before = {path: path.read_bytes() for path in interrupted.iterdir()}
+    capfd.readouterr()
+    assert run("--resume", "--out", interrupted) == 2
+    assert capfd.readouterr().err.count("\n") == 1
+    assert before == {path: path.read_bytes() for path in interrupted.iterdir()}
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--lr", "0.2", "--epochs", "4"], "has --epochs 3, not 4; --lr 0.1, not 0.2"), (["--exits", "4"], "has --exits 3, not 4"),
+    (["--widths", "0.5", "1"], "has --widths None, not")])
+def test_resuming_with_other_options_names_them(options, message, interrupted, capfd):
+    capfd.readouterr()
+    assert run("--resume", *options, "--out", interrupted) == 2
+    error = capfd.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_a_finished_run_says_so_and_does_nothing(uninterrupted, capsys):
+    before = {path: path.stat().st_mtime_ns for path in (uninterrupted / "msdnet").iterdir()}
+    assert run("--resume", "--out", uninterrupted / "msdnet") == 0
+    assert capsys.readouterr().out == f"the run in '{uninterrupted / 'msdnet'}' is finished\n"
+    assert before == {path: path.stat().st_mtime_ns for path in (uninterrupted / "msdnet").iterdir()}
+
+
+def test_a_directory_in_use_by_another_process_is_refused(interrupted, capfd):
+    with ipkd_ta.locked(interrupted):
+        capfd.readouterr()
+        assert run("--resume", "--out", interrupted) == 2
+    assert "in use by another process" in capfd.readouterr().err
+    assert run("--resume", "--out", interrupted) == 0
+
+
+def test_resume_needs_its_directory_and_the_images_of_the_run(interrupted, capfd, monkeypatch):
+    assert run("--resume") == 2 and "--resume needs --out" in capfd.readouterr().err
+    monkeypatch.setattr(ipkd_ta, "SHAPES_NOISE", 0.3)
+    assert run("--resume", "--out", interrupted) == 2
+    assert "the images are not those" in capfd.readouterr().err
+
+
+def test_a_full_disk_is_a_clear_error_and_leaves_the_checkpoint_intact(interrupted, uninterrupted, capfd, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+    before = (interrupted / "checkpoint.pt").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        capfd.readouterr()
+        assert run("--resume", "--out", interrupted) == 2
+        error = capfd.readouterr().err
+        assert "cannot write" in error and "No space left on device" in error and error.count("\n") == 1
+    assert before == (interrupted / "checkpoint.pt").read_bytes()
+    assert run("--resume", "--out", interrupted) == 0
+    same_outcome(interrupted, uninterrupted / "msdnet")
+
+
+# ------------------------------------------------------------------------------------------ found by review, kept found
+
+
+def test_a_step_skipped_by_the_gradient_scaler_changes_nothing():
+    data = ipkd_ta.Data(torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8), torch.arange(8), None, None, list(range(10)),
+                        torch.full((3,), 0.5), torch.full((3,), 0.5))
+    cfg = SimpleNamespace(batch_size=8, lr=0.01, lr_warmup=0, schedule="linear", kd_weight=0.5, kd_warmup=0, method="ipkd-ta",
+                          temperature=1.0, amp="fp16", seed=0)
+    trainer = ipkd_ta.Trainer(tiny_model("msdnet"), data, cfg)
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**100)          # overflows: the first steps are skipped
+    before = [p.clone() for p in trainer.model.parameters()]
+    trainer.step(torch.arange(8), progress=0)
+    assert all(torch.equal(p, b) for p, b in zip(trainer.model.parameters(), before))
+    assert all(state["momentum_buffer"] is None or not state["momentum_buffer"].any() for state in trainer.optimizer.state.values())
+
+
+@pytest.mark.parametrize("change", [{"config": []}, {"config": {"arch": "vgg", "dataset": "shapes"}}, {"mean": (0.5, 0.5, 0.5)}, {"model": []}])
+def test_eval_refuses_a_checkpoint_with_other_content(change, trained, tmp_path, capfd):
+    checkpoint = torch.load(trained / "msdnet" / "checkpoint.pt", weights_only=True)
+    torch.save({**checkpoint, **change}, tmp_path / "checkpoint.pt")
+    capfd.readouterr()
+    assert run("--eval", tmp_path / "checkpoint.pt") == 2
+    assert capfd.readouterr().err.count("\n") == 1
+
+
+def test_a_divergence_in_the_last_step_is_told(tmp_path, capfd):
+    assert run(*TINY["msdnet"], *QUICK, "--batch-size", 40, "--lr", "1e30", "--lr-warmup", 0, "--out", tmp_path / "run") == 2
+    assert "diverged: the test loss of exit-1" in capfd.readouterr().err
+    assert not (tmp_path / "run" / "results.json").exists()
+
+
+@pytest.mark.parametrize("options", [["--out", "a" * 300], ["--dataset", "folder", "--data-dir", "a" * 300], ["--channels", 2**31 - 1],
+                                     ["--temperature", "1e200"]])
+def test_what_no_system_can_hold_is_one_clear_line(options, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    assert run(*QUICK, *options) == 2
+    assert capfd.readouterr().err.count("\n") == 1
+
+
+def test_eval_never_replaces_the_results_of_a_run(trained, capfd):
+    before = (trained / "msdnet" / "results.json").read_bytes()
+    assert run("--eval", trained / "msdnet" / "checkpoint.pt", "--out", trained / "msdnet", "--overwrite") == 2
+    assert "already holds config.json" in capfd.readouterr().err
+    assert before == (trained / "msdnet" / "results.json").read_bytes()
+
+
+def test_calibration_keeps_the_number_format_of_the_model():
+    model = tiny_model("universal").double()
+    model.calibrate([torch.randn(4, 3, 32, 32, dtype=torch.float64)])
+    assert model.eval()(torch.randn(2, 3, 32, 32, dtype=torch.float64), 0.1).dtype == torch.float64
