@@ -710,7 +710,7 @@ class Trainer:
         cfg, data = self.cfg, self.data
         self.lr = cfg.lr * lr_factor(cfg.schedule, progress) * ramp(progress, cfg.lr_warmup)
         self.kd_weight = cfg.kd_weight * ramp(progress, cfg.kd_warmup)
-        self.optimizer.param_groups[0]["lr"] = self.lr      # of progress alone: no scheduler object, no state to save
+        self.optimizer.param_groups[0]["lr"] = self.lr      # of progress alone: no scheduler object
         images = data.normalise(augment(data.train_images[batch], self.crops))
         whole = len(batch) == min(cfg.batch_size, len(data.train_images))
         graph = "default" if whole else "force_eager"       # no second graph for the last batch
@@ -892,8 +892,8 @@ class UsualImages(torch.utils.data.Dataset):
 
 
 def usual_steps(model, data, cfg, draws):
-    """The baseline: training steps without end, eager, in float32 and NCHW memory, on the batches of a DataLoader, each
-    fetching its loss, which is yielded. draws: CPU generator of the widths."""
+    """The baseline: training steps without end, eager, in float32 (on CUDA TF32) and NCHW memory, on the batches of a
+    DataLoader, each fetching its loss, which is yielded. draws: CPU generator of the widths."""
     device, scaler = data.train_images.device, torch.amp.GradScaler(enabled=False)
     cfg = SimpleNamespace(**{**vars(cfg), "amp": "off"})
     optimizer = torch.optim.SGD(model.parameters(), lr=cfg.lr, momentum=0.9, nesterov=True, weight_decay=1e-4)
@@ -1285,9 +1285,10 @@ def run_resumed(given, defaults):
     if "trainer" not in checkpoint:
         raise InputError(f"--resume: '{files[0]}' holds no state of the training")
     config = {**checkpoint["config"], "out": str(out)}
+    plain = lambda value: list(value) if isinstance(value, tuple) else value        # widths by default are a tuple
     other = [f"{flag(k)} {config.get(k)}, not {v}" for k, v in sorted(given.items())
              if k not in ("out", "overwrite", "device", "data_dir", "checkpoint_every") and (k, v) != ("amp", "auto")
-             and str(config.get(k)) != str(v)]
+             and plain(config.get(k)) != plain(v)]
     if other:
         raise InputError(f"--resume: the run in '{out}' has {'; '.join(other)}: its options stay as they are, for the "
                          "schedules depend on them")
