@@ -1200,6 +1200,13 @@ def test_resuming_with_other_options_names_them(options, message, interrupted, c
     assert message in error and error.count("\n") == 1
 
 
+def test_default_widths_given_at_resuming_are_no_other_option(tmp_path, capsys):
+    assert run("--arch", "slimmable", *QUICK, "--train-size", 16, "--out", tmp_path / "run") == 0
+    capsys.readouterr()
+    assert run("--resume", "--widths", 0.125, 0.25, 0.375, 0.5, "--out", tmp_path / "run") == 0
+    assert "is finished" in capsys.readouterr().out
+
+
 def test_a_finished_run_says_so_and_does_nothing(uninterrupted, capsys):
     before = {path: path.stat().st_mtime_ns for path in (uninterrupted / "msdnet").iterdir()}
     assert run("--resume", "--out", uninterrupted / "msdnet") == 0
