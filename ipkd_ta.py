@@ -446,13 +446,16 @@ class Data:
     classes: list
     mean: torch.Tensor = None
     std: torch.Tensor = None
+    memory_format: torch.memory_format = torch.channels_last
 
-    def to(self, device):
-        return replace(self, **{k: v.to(device) for k, v in vars(self).items() if isinstance(v, torch.Tensor)})
+    def to(self, device, memory_format=torch.channels_last):
+        """On this device, to be normalised into this memory format."""
+        tensors = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
+        return replace(self, **tensors, memory_format=memory_format)
 
     def normalise(self, images):
-        """uint8 (N, 3, H, W) -> float32 of about zero mean and unit variance, in channels-last memory."""
-        x = images.contiguous(memory_format=torch.channels_last)
+        """uint8 (N, 3, H, W) -> float32 of about zero mean and unit variance."""
+        x = images.contiguous(memory_format=self.memory_format)
         return (x / 255 - self.mean.view(1, 3, 1, 1)) / self.std.view(1, 3, 1, 1)
 
 
@@ -615,16 +618,17 @@ AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 class Family:
     """A network class and how it is trained unless told otherwise."""
     network: type
+    cpu_format: torch.memory_format      # the faster one on a CPU; a GPU's is channels-last
     schedule: str
     epochs: int
     shapes: dict         # options that differ on the built-in shapes: small networks, briefly trained
 
 
 FAMILIES = {
-    "msdnet": Family(MSDNet, "multistep", 300, dict(
+    "msdnet": Family(MSDNet, torch.contiguous_format, "multistep", 300, dict(
         epochs=3, batch_size=32, schedule="cosine", exits=4, base=1, step=1, step_mode="lin_grow", channels=8,
         growth=4)),
-    "slimmable": Family(SlimmableMobileNetV1, "cosine", 200, dict(
+    "slimmable": Family(SlimmableMobileNetV1, torch.channels_last, "cosine", 200, dict(
         epochs=5, batch_size=16, lr=0.03, widths=(0.125, 0.25, 0.375, 0.5))),
 }
 
@@ -642,6 +646,11 @@ def build_model(cfg, num_classes):
         return network(num_classes, **{name: getattr(cfg, name) for name in model_options(network)})
     except (ValueError, RuntimeError, OverflowError) as error:         # wrong, or too large for any memory
         raise InputError(f"--arch {cfg.arch}: {one_line(error)[:200]}") from error
+
+
+def memory_format(arch, device):
+    """How images and weights of this architecture lie in the memory of this device."""
+    return FAMILIES[arch].cpu_format if device.type == "cpu" else torch.channels_last
 
 
 def lr_factor(schedule, progress):
@@ -913,11 +922,12 @@ def benchmark(cfg, rounds=5, repetitions=2):
     torch.manual_seed(cfg.seed)
     images = torch.randint(256, (8 * cfg.batch_size, 3, 32, 32), dtype=torch.uint8)
     half = torch.full((3,), 0.5)
-    data = Data(images, torch.arange(len(images)) % 10, None, None, list(range(10)), half, half).to(device)
+    data = Data(images, torch.arange(len(images)) % 10, None, None, list(range(10)), half, half)
+    data = data.to(device, memory_format(cfg.arch, device))
     batch = torch.arange(cfg.batch_size, device=device)
     draws = torch.Generator()
     baseline = usual_steps(build_model(cfg, 10).to(device), data, cfg, draws)
-    trainer = Trainer(build_model(cfg, 10).to(device, memory_format=torch.channels_last), data, cfg)
+    trainer = Trainer(build_model(cfg, 10).to(device, memory_format=data.memory_format), data, cfg)
     contestants = (("baseline", lambda: next(baseline), draws),
                    ("this file", lambda: trainer.step(batch, progress=0.5), trainer.draws))
 
@@ -1181,10 +1191,10 @@ def run_training(cfg, checkpoint=None, damaged=False):
     with torch.device("meta"):
         build_model(cfg, num_classes=10)             # wrong options are told before any work
     start = time.perf_counter()
-    data = load_data(cfg.dataset, cfg.data_dir, cfg.train_size).to(device)
+    data = load_data(cfg.dataset, cfg.data_dir, cfg.train_size).to(device, memory_format(cfg.arch, device))
     seconds, cfg.train_size = time.perf_counter() - start, len(data.train_images)
     torch.manual_seed(cfg.seed)
-    model = build_model(cfg, len(data.classes)).to(device, memory_format=torch.channels_last)
+    model = build_model(cfg, len(data.classes)).to(device, memory_format=data.memory_format)
     costs = [vars(sub) for sub in model.sub_models()]
     trainer = Trainer(model, data, cfg)
     print(f"{cfg.arch}, {len(costs)} sub-models, {sum(p.numel() for p in model.parameters()):,} parameters; method "
@@ -1316,8 +1326,9 @@ def run_evaluation(given, defaults):
     data = load_data(cfg.dataset, cfg.data_dir, cfg.train_size)
     if data.classes != checkpoint["classes"]:
         raise InputError(f"the classes of '{cfg.data_dir}' are not those of '{given['eval']}'")
-    data = replace(data, mean=checkpoint["mean"], std=checkpoint["std"]).to(device)
-    model = build_model(cfg, len(data.classes)).to(device, memory_format=torch.channels_last)
+    data = replace(data, mean=checkpoint["mean"], std=checkpoint["std"])
+    data = data.to(device, memory_format(cfg.arch, device))
+    model = build_model(cfg, len(data.classes)).to(device, memory_format=data.memory_format)
     try:
         model.load_state_dict(checkpoint["model"])
         if "widths" in given:
