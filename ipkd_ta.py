@@ -22,6 +22,7 @@ import contextlib
 import copy
 import ctypes
 import inspect
+import itertools
 import json
 import math
 import os
@@ -38,6 +39,7 @@ import torch
 import torchvision
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 from torchvision.ops import Conv2dNormActivation
@@ -272,6 +274,27 @@ class SlimmableMobileNetV1(nn.Module):
         """Logits of every sub-model in `widths`, ascending: list of (N, num_classes)."""
         return [self(x, width) for width in self.widths]
 
+    def extract(self, which):
+        """A sub-model as a module of its own, in eval mode: (N, 3, H, W) -> logits (N, num_classes). Holds copies of its
+        own weights and nothing else. which: k = 1 ... K of `widths`, or a width as a float, calibrated if universal."""
+        if isinstance(which, int) and not 1 <= which <= len(self.widths):
+            raise ValueError(f"k must be a whole number from 1 to {len(self.widths)}, got {which}")
+        modules = []
+        for conv, *tensors in self._layers(self.widths[which - 1] if isinstance(which, int) else which, tracked=True):
+            c_out, c_in, kernel, _ = tensors[0].shape
+            groups = c_out if conv.groups > 1 else 1
+            module = Conv2dNormActivation(c_in * groups, c_out, kernel, conv.stride, groups=groups,
+                                          activation_layer=nn.ReLU6)
+            own = (module[0].weight, module[1].running_mean, module[1].running_var, module[1].weight, module[1].bias)
+            for parameter, value in zip(own, tensors):
+                parameter.data.copy_(value.detach())
+            modules.append(module)
+        classifier = nn.Linear(c_out, self.classifier.out_features)
+        classifier.weight.data.copy_(self.classifier.weight.detach()[:, :c_out])
+        classifier.bias.data.copy_(self.classifier.bias.detach())
+        whole = nn.Sequential(*modules, nn.AdaptiveAvgPool2d(1), nn.Flatten(), classifier).eval()
+        return whole.to(self.classifier.weight)
+
 
 # ====================================================================================================================
 # MSDNet: the sub-models are exits
@@ -292,6 +315,8 @@ class MSDNet(nn.Module):
         step, step_mode: layers in each later block: `step` ("even") or step * i + 1 in block i + 1 ("lin_grow").
         channels: n, the channels of the first layer at the finest scale.
         growth: channels that a layer adds at the finest scale.
+        gradient_equilibrium: scale gradients so that block k receives the mean over the exits from k on of what each of
+            them sends, not the sum (Li et al., ICCV 2019, section 3.1): its size does not grow with their number.
     Raises:
         ValueError: an argument that is not a positive integer, or an unknown step_mode.
     """
@@ -336,8 +361,8 @@ class MSDNet(nn.Module):
         def forward(self, maps):
             out = []
             for s, paths in enumerate(self.paths, start=self.first):
-                new = [path(x) for path, x in zip(paths, maps[max(s - 1, 0): s + 1])]
-                out.append(torch.cat([maps[s], *new], dim=1))
+                new = paths and [path(x) for path, x in zip(paths, maps[max(s - 1, 0): s + 1])]
+                out.append(new and torch.cat([maps[s], *new], dim=1))           # None in an extracted exit: not read
             return out
 
     class Transition(nn.Module):
@@ -348,9 +373,20 @@ class MSDNet(nn.Module):
             self.convs = nn.ModuleList(Conv2dNormActivation(channels * f, channels // 2 * f, 1) for f in factors)
 
         def forward(self, maps):
-            return [conv(x) for conv, x in zip(self.convs, maps)]
+            return [conv and conv(x) for conv, x in zip(self.convs, maps)]
 
-    def __init__(self, num_classes=100, exits=7, base=4, step=2, step_mode="even", channels=16, growth=6):
+    class Exit(nn.Module):
+        """One exit alone: image (N, 3, 32, 32) -> logits (N, C)."""
+
+        def __init__(self, parts, head):
+            super().__init__()
+            self.parts, self.head = nn.Sequential(*parts), head
+
+        def forward(self, x):
+            return self.head(self.parts(x)[-1])
+
+    def __init__(self, num_classes=100, exits=7, base=4, step=2, step_mode="even", channels=16, growth=6,
+                 gradient_equilibrium=False):
         super().__init__()
         sizes = {"num_classes": num_classes, "exits": exits, "base": base, "step": step, "channels": channels,
                  "growth": growth}
@@ -360,6 +396,7 @@ class MSDNet(nn.Module):
         if step_mode not in ("even", "lin_grow"):
             raise ValueError(f"step_mode must be 'even' or 'lin_grow', got {step_mode!r}")
 
+        self.gradient_equilibrium = gradient_equilibrium
         depths = [base] + [step if step_mode == "even" else step * i + 1 for i in range(1, exits)]
         interval = math.ceil(sum(depths) / len(self.FACTORS))      # layers between two scale reductions
         factors, n, layers_before = self.FACTORS, channels, 0
@@ -388,27 +425,68 @@ class MSDNet(nn.Module):
     def forward(self, x):
         """x: (N, 3, 32, 32) -> list of K logits (N, num_classes), exit 1 first."""
         logits = []
-        for block, head in zip(self.blocks, self.heads):
+        for following, block, head in zip(reversed(range(len(self.heads))), self.blocks, self.heads):
             x = block(x)                                           # maps, finest scale first
-            logits.append(head(x[-1]))
+            read = x[-1]
+            if self.gradient_equilibrium and self.training:
+                read = self.scale_gradient(read, 1 / (following + 1))
+                x = [self.scale_gradient(m, following / (following + 1)) for m in x]
+            logits.append(head(read))
         return logits
+
+    @staticmethod
+    def scale_gradient(x, factor):
+        """x, through which the gradient flows multiplied by factor."""
+        return torch.lerp(x.detach(), x, factor)
+
+    def extract(self, k):
+        """Exit k = 1 ... K as a module of its own, in eval mode: (N, 3, 32, 32) -> logits (N, num_classes). Holds copies
+        of what it needs and nothing else, and evaluates lazily (Huang et al., ICLR 2018, section 4): the finer scales
+        that nothing reads any more before the exit are not computed."""
+        if k not in range(1, len(self.heads) + 1):
+            raise ValueError(f"k must be a whole number from 1 to {len(self.heads)}, got {k!r}")
+        parts, needed = [], {-1}                     # scales that are read later: -1 is the coarsest, -2 the next finer
+        for part in reversed([part for block in self.blocks[:k] for part in block]):
+            part = copy.deepcopy(part)
+            if isinstance(part, self.Layer):
+                part.paths = self.keep(part.paths, needed)
+                needed = needed | {s - 1 for s in needed}
+            elif isinstance(part, self.Transition):
+                part.convs = self.keep(part.convs, needed)
+            parts.insert(0, part)
+        return self.Exit(parts, copy.deepcopy(self.heads[k - 1])).eval()
+
+    @staticmethod
+    def keep(modules, needed):
+        """The modules of the scales that are needed, None in the place of the others."""
+        return nn.ModuleList(m if s - len(modules) in needed else None for s, m in enumerate(modules))
 
     def sub_models(self):
         """The exits, exit 1 first, each with its name, macs and params: what it takes to get the answer of that exit
         and no other (the blocks up to it and its own head), as multiply-accumulates of convolutions and linear layers
         for one 3x32x32 image, and parameters including BatchNorm's gamma and beta."""
-        model, x = copy.deepcopy(self).to("meta").eval(), torch.empty(1, 3, 32, 32, device="meta")      # shapes alone
         subs, blocks_macs, blocks_params = [], 0, 0
-        for k, (block, head) in enumerate(zip(model.blocks, model.heads), start=1):
+        for k, (block, head, macs) in enumerate(zip(self.blocks, self.heads, self._macs()), start=1):
+            blocks_macs += macs[0]
+            blocks_params += sum(p.numel() for p in block.parameters())
+            subs.append(SimpleNamespace(name=f"exit-{k}", macs=blocks_macs + macs[1],
+                                        params=blocks_params + sum(p.numel() for p in head.parameters())))
+        return subs
+
+    def early_exit_macs(self):
+        """MACs until the answer of each exit when all heads on the way are asked, exit 1 first: list of K."""
+        return list(itertools.accumulate(block + head for block, head in self._macs()))
+
+    def _macs(self):
+        """MACs of each block and of its head."""
+        model, x, macs = copy.deepcopy(self).to("meta").eval(), torch.empty(1, 3, 32, 32, device="meta"), []
+        for block, head in zip(model.blocks, model.heads):                                     # shapes alone
             with FlopCounterMode(display=False) as block_flops:
                 x = block(x)
             with FlopCounterMode(display=False) as head_flops:
                 head(x[-1])
-            blocks_macs += block_flops.get_total_flops() // 2
-            blocks_params += sum(p.numel() for p in block.parameters())
-            subs.append(SimpleNamespace(name=f"exit-{k}", macs=blocks_macs + head_flops.get_total_flops() // 2,
-                                        params=blocks_params + sum(p.numel() for p in head.parameters())))
-        return subs
+            macs.append((block_flops.get_total_flops() // 2, head_flops.get_total_flops() // 2))
+        return macs
 
     def training_passes(self, draw_widths):
         """The forward passes of one training step, each x -> list of logits: one pass gives every exit."""
@@ -420,6 +498,79 @@ class MSDNet(nn.Module):
 
     def calibrate(self, batches):
         """Nothing to do: the BatchNorm statistics are tracked in training."""
+
+
+# ====================================================================================================================
+# Sub-models in use: extraction, early exit
+# ====================================================================================================================
+
+
+def extract(model, which):
+    """A sub-model of either network as a plain nn.Module with its own weights, in eval mode: same logits, no work that
+    they do not need.
+
+    Args:
+        which: k = 1 (smallest) ... K as an int; of a slimmable network also a width as a float. A universal one must
+            have been calibrated at that width.
+    Raises:
+        ValueError: a sub-model that there is not.
+    """
+    return model.extract(which)
+
+
+def fold_bn(model):
+    """Merge every BatchNorm of an extracted sub-model into the convolution before it, in place; returns the model."""
+    for module in [m for m in model.modules() if isinstance(m, Conv2dNormActivation)]:
+        module[0], module[1] = fuse_conv_bn_eval(module[0], module[1]), nn.Identity()
+    return model
+
+
+@torch.no_grad()
+def early_exit(model, images, thresholds):
+    """Classify images by an MSDNet, each by the first exit that is sure enough; the others alone go on to the next block.
+
+    Args:
+        model: MSDNet in eval mode.
+        images: (N, 3, 32, 32), normalised.
+        thresholds: K numbers; an image leaves at the first exit whose largest softmax output is at least its threshold,
+            and at the last in any case.
+    Returns:
+        predictions (N,) int64, and exits (N,) int64: the exit that each image took, 1 ... K.
+    """
+    if model.training or len(thresholds) != len(model.heads):
+        raise ValueError(f"need a model in eval mode and {len(model.heads)} thresholds, got "
+                         f"{'training' if model.training else 'eval'} mode and {len(thresholds)} thresholds")
+    predictions, exits = torch.zeros(2, len(images), dtype=torch.int64, device=images.device)
+    x, left = images, torch.arange(len(images), device=images.device)            # left: whom the rows of x belong to
+    for k, (block, head, threshold) in enumerate(zip(model.blocks, model.heads, thresholds), start=1):
+        x = block(x)
+        confidence, prediction = head(x[-1]).softmax(dim=1).max(dim=1)
+        done = (confidence >= threshold) | (k == len(thresholds))
+        predictions[left[done]], exits[left[done]] = prediction[done], k
+        if done.all():
+            break
+        if done.any():
+            left, x = left[~done], [m[~done] for m in x]
+    return predictions, exits
+
+
+def exit_thresholds(confidence, shares):
+    """Thresholds for early_exit by which given shares of the images leave at each exit (Huang et al., ICLR 2018,
+    section 4.2).
+
+    Args:
+        confidence: (K, N), largest softmax output of each exit on N held-out images.
+        shares: K numbers that sum to 1.
+    Returns:
+        List of K floats, 2 where nobody leaves, the last one 0. Equal confidences leave together, more than asked for.
+    """
+    thresholds, gone = [], torch.zeros(confidence.shape[1], dtype=torch.bool, device=confidence.device)
+    for exit_confidence, share in zip(confidence[:-1], shares):
+        wanted = min(round(share * len(gone)), int((~gone).sum()))
+        surest = exit_confidence.masked_fill(gone, -1).topk(wanted).values
+        thresholds.append(surest[-1].item() if wanted else 2.0)
+        gone |= exit_confidence >= thresholds[-1]
+    return [*thresholds, 0.0]
 
 
 # ====================================================================================================================
@@ -437,13 +588,15 @@ class InputError(Exception):
 
 @dataclass
 class Data:
-    """Images (N, 3, 32, 32) uint8 and labels (N,) int64 of the training and the test split; mean and standard deviation
-    (3,) of each channel, of pixels scaled to [0, 1]."""
+    """Images (N, 3, 32, 32) uint8 and labels (N,) int64 of the training and the test split, and of the validation split
+    held out from the training images; mean and standard deviation (3,) of each channel, of pixels scaled to [0, 1]."""
     train_images: torch.Tensor
     train_labels: torch.Tensor
     test_images: torch.Tensor
     test_labels: torch.Tensor
     classes: list
+    val_images: torch.Tensor = None
+    val_labels: torch.Tensor = None
     mean: torch.Tensor = None
     std: torch.Tensor = None
     memory_format: torch.memory_format = torch.channels_last
@@ -471,24 +624,29 @@ def augment(images, generator):
     return torch.where(draw(2).bool().view(n, 1, 1, 1), crops.flip(3), crops)
 
 
-def load_data(dataset, data_dir, train_size=None):
+def load_data(dataset, data_dir, train_size=None, val_size=0):
     """The Data of one of DATASETS, with its mean and std.
 
-    train_size: keep that many training images, drawn once and for all (the same for every seed).
+    train_size: keep that many training images; val_size: hold out that many others of them as validation images. Both
+    are drawn once and for all, the same for every seed.
     Raises InputError when the files are missing, unreadable or too few.
     """
     if dataset == "shapes":
-        data = load_shapes(train_size or SHAPES_TRAIN)
+        data = load_shapes((train_size or SHAPES_TRAIN) + val_size)
     elif dataset == "folder":
         data = load_folder(Path(data_dir))
     else:
         data = load_cifar(dataset, data_dir)
     available = len(data.train_images)
-    if train_size and train_size > available:
-        raise InputError(f"{train_size} training images were asked for, and {dataset} has {available}")
-    if train_size and train_size < available:
-        keep = torch.randperm(available, generator=torch.Generator().manual_seed(0))[:train_size]
-        data = replace(data, train_images=data.train_images[keep], train_labels=data.train_labels[keep])
+    wanted = (train_size or max(1, available - val_size)) + val_size
+    if wanted > available:
+        raise InputError(f"{wanted} training images were asked for, {val_size} of them for validation, and {dataset} has "
+                         f"{available}")
+    if wanted < available or val_size:
+        drawn = torch.randperm(available, generator=torch.Generator().manual_seed(0))
+        train, val = drawn[:wanted - val_size], drawn[available - val_size:]
+        data = replace(data, train_images=data.train_images[train], train_labels=data.train_labels[train],
+                       val_images=data.train_images[val], val_labels=data.train_labels[val])
     mean, std = CIFAR_STATISTICS.get(dataset) or measure_statistics(data.train_images)
     return replace(data, mean=torch.tensor(mean), std=torch.tensor(std))
 
@@ -776,18 +934,56 @@ def compile_model(model, device):
 
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")
-def evaluate(model, data, batch_size=250):
-    """Accuracy of every sub-model on the test images, smallest first, without mixed precision: list of {"top1", "top5"
-    in percent, "loss": mean cross-entropy}."""
-    model.eval()
+def evaluate(model, data, split="test"):
+    """Accuracy of every sub-model on the "test" or "val" images, smallest first, without mixed precision: list of
+    {"top1", "top5" in percent, "loss": mean cross-entropy}."""
     totals = 0
-    for images, labels in zip(data.test_images.split(batch_size), data.test_labels.split(batch_size)):
-        logits = torch.stack(model.all_logits(data.normalise(images)))                     # (K, N, C)
+    for logits, labels in all_logits(model, data, split):                                  # (K, N, C), (N,)
         hits = logits.topk(min(5, logits.shape[2])).indices == labels[:, None]             # (K, N, 5)
         loss = -logits.log_softmax(2)[:, torch.arange(len(labels)), labels]                # (K, N)
         totals += torch.stack([hits[:, :, 0].sum(1), hits.any(2).sum(1), loss.sum(1)]).double()
-    means = (totals / len(data.test_images)).T.tolist()
+    means = (totals / len(getattr(data, f"{split}_images"))).T.tolist()
     return [{"top1": 100 * top1, "top5": 100 * top5, "loss": loss} for top1, top5, loss in means]
+
+
+def all_logits(model, data, split, batch_size=250):
+    """For each batch of the "test" or "val" images: logits (K, N, C) of every sub-model, smallest first, and labels."""
+    model.eval()
+    images, labels = getattr(data, f"{split}_images"), getattr(data, f"{split}_labels")
+    for batch, batch_labels in zip(images.split(batch_size), labels.split(batch_size)):
+        yield torch.stack(model.all_logits(data.normalise(batch))), batch_labels
+
+
+@torch.no_grad()
+@torch.compiler.set_stance("force_eager")
+def budgeted(model, data):
+    """Budgeted batch classification by an MSDNet (Huang et al., ICLR 2018, section 4.2): the test accuracy of early_exit
+    for a sweep of budgets, its thresholds found on the validation images.
+
+    Returns:
+        {"budgets": list of {"q", "macs", "top1", "thresholds", "exits"}: exit k is meant for a share of the images
+        proportional to q^k and takes the share exits[k - 1]; "anytime": list of {"name", "macs", "top1"}, all images by
+        one exit}. macs: average for one image, all heads up to the exit taken counted; top1 in percent.
+    """
+    answers = {}
+    for split in ("val", "test"):
+        batches = [(*logits.softmax(2).max(2), labels) for logits, labels in all_logits(model, data, split)]
+        answers[split] = (torch.cat([confidence for confidence, _, _ in batches], dim=1),                 # (K, N)
+                          torch.cat([answer == labels for _, answer, labels in batches], dim=1).double())
+    confidence, correct = answers["test"]
+    macs = torch.tensor(model.early_exit_macs(), dtype=torch.float64, device=confidence.device)
+    count, budgets = len(macs), []
+    for q in (i / 10 for i in range(1, 21)):
+        shares = q ** torch.arange(1, count + 1, dtype=torch.float64)
+        thresholds = exit_thresholds(answers["val"][0], (shares / shares.sum()).tolist())
+        sure = confidence >= torch.tensor(thresholds, device=confidence.device)[:, None]
+        exits = sure.int().argmax(dim=0)                                              # (N,), the first that is sure
+        budgets.append({"q": q, "macs": macs[exits].mean().item(),
+                        "top1": 100 * correct.gather(0, exits[None]).mean().item(), "thresholds": thresholds,
+                        "exits": (exits.bincount(minlength=count) / len(exits)).tolist()})
+    anytime = [{"name": f"exit-{k}", "macs": cost, "top1": 100 * share} for k, (cost, share) in
+               enumerate(zip(model.early_exit_macs(), correct.mean(dim=1).tolist()), start=1)]
+    return {"budgets": budgets, "anytime": anytime}
 
 
 def calibration_batches(data, images=2048, batch_size=256):
@@ -803,6 +999,16 @@ def results_table(sub_models):
     rows += [(s["name"], f"{s['macs'] / 1e6:.2f}", f"{s['params']:,}", f"{s['top1']:.2f}", f"{s['top5']:.2f}",
               f"{s['loss']:.4f}") for s in sub_models]
     return aligned(rows)
+
+
+def budget_table(result):
+    """What `budgeted` returns as aligned text, cheapest first."""
+    rows = [("early exit", "MMACs", "top-1 %", "mean exit")]
+    rows += [(f"q = {b['q']:.1f}", f"{b['macs'] / 1e6:.2f}", f"{b['top1']:.2f}",
+              f"{sum(k * share for k, share in enumerate(b['exits'], start=1)):.2f}") for b in result["budgets"]]
+    rows += [(f"all by {a['name']}", f"{a['macs'] / 1e6:.2f}", f"{a['top1']:.2f}", a["name"][5:])
+             for a in result["anytime"]]
+    return aligned(rows[:1] + sorted(rows[1:], key=lambda row: float(row[1])))
 
 
 def aligned(rows):
@@ -922,7 +1128,7 @@ def benchmark(cfg, rounds=5, repetitions=2):
     torch.manual_seed(cfg.seed)
     images = torch.randint(256, (8 * cfg.batch_size, 3, 32, 32), dtype=torch.uint8)
     half = torch.full((3,), 0.5)
-    data = Data(images, torch.arange(len(images)) % 10, None, None, list(range(10)), half, half)
+    data = Data(images, torch.arange(len(images)) % 10, None, None, list(range(10)), mean=half, std=half)
     data = data.to(device, memory_format(cfg.arch, device))
     batch = torch.arange(cfg.batch_size, device=device)
     draws = torch.Generator()
@@ -1069,6 +1275,8 @@ def build_parser():
         metavar="DIR")
     add(g, "--train-size", None, "so many training images, chosen at random", f"all; on shapes {SHAPES_TRAIN}",
         type=count)
+    add(g, "--val-size", 0, "hold out so many other training images, for thresholds of early exits and for choosing "
+        "options", type=number(int, 0, 2**31 - 1), metavar="N")
 
     g = parser.add_argument_group("distillation")
     add(g, "--method", "ipkd-ta", "teacher of a sub-model: none, the largest, or the next larger", choices=METHODS)
@@ -1102,6 +1310,8 @@ def build_parser():
         choices=("even", "lin_grow"))
     add(g, "--channels", own["channels"], "channels of the first layer at the finest scale", type=count)
     add(g, "--growth", own["growth"], "channels that a layer adds at the finest scale", type=count)
+    add(g, "--gradient-equilibrium", own["gradient_equilibrium"], "blocks receive the mean of the gradients that later "
+        "exits send, not the sum", "off", action="store_true")
 
     g, own = parser.add_argument_group("--arch slimmable"), model_options(SlimmableMobileNetV1)
     add(g, "--widths", own["widths"], "width multipliers ascending in (0, 1]: the sub-models; with --eval, which to do",
@@ -1177,7 +1387,7 @@ def pick_amp(name, device):
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
-RUN_FILES = ("config.json", "metrics.jsonl", "checkpoint.pt", "checkpoint.previous.pt", "results.json")
+RUN_FILES = ("config.json", "metrics.jsonl", "checkpoint.pt", "checkpoint.previous.pt", "results.json", "budget.json")
 
 
 def run_training(cfg, checkpoint=None, damaged=False):
@@ -1191,7 +1401,8 @@ def run_training(cfg, checkpoint=None, damaged=False):
     with torch.device("meta"):
         build_model(cfg, num_classes=10)             # wrong options are told before any work
     start = time.perf_counter()
-    data = load_data(cfg.dataset, cfg.data_dir, cfg.train_size).to(device, memory_format(cfg.arch, device))
+    data = load_data(cfg.dataset, cfg.data_dir, cfg.train_size, cfg.val_size)
+    data = data.to(device, memory_format(cfg.arch, device))
     seconds, cfg.train_size = time.perf_counter() - start, len(data.train_images)
     torch.manual_seed(cfg.seed)
     model = build_model(cfg, len(data.classes)).to(device, memory_format=data.memory_format)
@@ -1270,11 +1481,26 @@ def train_and_write(trainer, costs, out, damaged):
                   f"loss {record['loss']:.4f}  {speed:.0f} images/s  top-1 {smallest} {record['top1'][0]:.2f} %, "
                   f"{largest} {record['top1'][-1]:.2f} %", flush=True)
         sub_models = sub_models or evaluated()           # resumed after the last epoch
-        write_results(out, cfg, sub_models, seconds=round(time.perf_counter() - start, 1))
+        finish(model, data, cfg, sub_models, out, seconds=round(time.perf_counter() - start, 1))
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def finish(model, data, cfg, sub_models, out=None, **more):
+    """Print what came out, and write it into the directory `out` if given: results.json, and budget.json of an MSDNet
+    with validation images."""
     print(results_table(sub_models))
+    if cfg.val_size:
+        more["validation"] = evaluate(model, data, "val")
+        if isinstance(model, MSDNet):
+            result = budgeted(model, data)
+            print(f"\nthresholds from {cfg.val_size:,} validation images:\n{budget_table(result)}")
+            if out:
+                write_json(out / "budget.json", result)
+    if out:
+        versions = {"python": sys.version.split()[0], "torch": torch.__version__, "torchvision": torchvision.__version__}
+        write_json(out / "results.json", {"config": vars(cfg), "sub_models": sub_models, "versions": versions, **more})
 
 
 def run_resumed(given, defaults):
@@ -1323,7 +1549,7 @@ def run_evaluation(given, defaults):
         refuse_to_overwrite(out, ["config.json"], overwrite=False)               # a run: its results are not these
         refuse_to_overwrite(out, ["results.json"], given.get("overwrite", False))
 
-    data = load_data(cfg.dataset, cfg.data_dir, cfg.train_size)
+    data = load_data(cfg.dataset, cfg.data_dir, cfg.train_size, cfg.val_size)
     if data.classes != checkpoint["classes"]:
         raise InputError(f"the classes of '{cfg.data_dir}' are not those of '{given['eval']}'")
     data = replace(data, mean=checkpoint["mean"], std=checkpoint["std"])
@@ -1337,10 +1563,9 @@ def run_evaluation(given, defaults):
         sub_models = [{**vars(sub), **accuracy} for sub, accuracy in zip(model.sub_models(), evaluate(model, data))]
     except (RuntimeError, ValueError) as error:          # weights of another network, widths that it does not offer
         raise InputError(f"'{given['eval']}': {one_line(error)}") from error
-    print(results_table(sub_models))
     if out:
         make_directory(out)
-        write_results(out, cfg, sub_models, evaluated=given["eval"])
+    finish(model, data, cfg, sub_models, out, evaluated=given["eval"])
 
 
 def refuse_to_overwrite(out, files, overwrite):
@@ -1367,12 +1592,6 @@ def free_name(path):
     while os.path.exists(path if n == 1 else f"{path}-{n}"):
         n += 1
     return path if n == 1 else f"{path}-{n}"
-
-
-def write_results(out, cfg, sub_models, **more):
-    """Write out/results.json."""
-    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "torchvision": torchvision.__version__}
-    write_json(out / "results.json", {"config": vars(cfg), "sub_models": sub_models, "versions": versions, **more})
 
 
 def write_json(path, content):
@@ -1483,7 +1702,7 @@ def main(argv=None):
                 raise InputError(f"{flag(min(set(given) - {'report'}))} has no meaning with --report")
             print(report(given["report"]))
         elif given.pop("benchmark", False):
-            for name in set(given) & {"dataset", "data_dir", "train_size", "epochs", "schedule", "out", "overwrite"}:
+            for name in set(given) & {"dataset", "data_dir", "train_size", "val_size", "epochs", "schedule", "out", "overwrite"}:
                 raise InputError(f"{flag(name)} has no meaning with --benchmark, which trains on random images")
             benchmark(settle({"dataset": "cifar10", **given}, defaults))
         elif "resume" in given:
