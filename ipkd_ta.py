@@ -1325,6 +1325,11 @@ def build_parser():
     add(g, "--overwrite", False, "replace the run that --out holds", "refuse", action="store_true")
     add(g, "--checkpoint-every", 0, "seconds between checkpoints inside an epoch; 0: at its end alone",
         type=number(float, 0))
+    g.add_argument("--export", metavar="FILE", help="with --eval: write a sub-model as a program of torch.export, or as "
+                   "ONNX if FILE ends with .onnx")
+    g.add_argument("--sub-model", metavar="NAME", help="with --export: which one, exit-3 or width-0.5 for example (default: "
+                   "the largest)")
+    g.add_argument("--fold-bn", action="store_true", help="with --export: merge BatchNorm into the convolutions")
     modes = g.add_mutually_exclusive_group()
     modes.add_argument("--eval", metavar="CHECKPOINT", help="evaluate a checkpoint.pt instead of training")
     modes.add_argument("--resume", action="store_true",
@@ -1534,12 +1539,12 @@ def run_resumed(given, defaults):
     run_training(SimpleNamespace(**{"overwrite": False, **config, **given}), checkpoint, damaged)
 
 
-def run_evaluation(given, defaults):
+def run_evaluation(given):
     """Evaluate a checkpoint as its run did; slimmable networks with universal BatchNorm at any --widths."""
     for name in set(given) - {"eval", "data_dir", "device", "widths", "out", "overwrite"}:
         raise InputError(f"{flag(name)} has no meaning with --eval, which takes the options of the checkpoint's run")
     checkpoint = load_checkpoint(Path(given["eval"]))
-    cfg = SimpleNamespace(**{**defaults, **checkpoint["config"]})
+    cfg, model = restore(checkpoint, given["eval"])
     if "widths" in given and cfg.arch != "slimmable":
         raise InputError(f"--widths is an option of --arch slimmable, and '{given['eval']}' holds {cfg.arch}")
     device = pick_device(given.get("device", "auto"))
@@ -1554,18 +1559,91 @@ def run_evaluation(given, defaults):
         raise InputError(f"the classes of '{cfg.data_dir}' are not those of '{given['eval']}'")
     data = replace(data, mean=checkpoint["mean"], std=checkpoint["std"])
     data = data.to(device, memory_format(cfg.arch, device))
-    model = build_model(cfg, len(data.classes)).to(device, memory_format=data.memory_format)
+    model.to(device, memory_format=data.memory_format)
     try:
-        model.load_state_dict(checkpoint["model"])
         if "widths" in given:
             cfg.widths = model.widths = tuple(sorted(set(given["widths"])))
         model.calibrate(calibration_batches(data))
         sub_models = [{**vars(sub), **accuracy} for sub, accuracy in zip(model.sub_models(), evaluate(model, data))]
-    except (RuntimeError, ValueError) as error:          # weights of another network, widths that it does not offer
+    except ValueError as error:                          # widths that it does not offer
         raise InputError(f"'{given['eval']}': {one_line(error)}") from error
     if out:
         make_directory(out)
     finish(model, data, cfg, sub_models, out, evaluated=given["eval"])
+
+
+def restore(checkpoint, path):
+    """The options of a checkpoint's run and its model, on the CPU; InputError when they do not fit."""
+    cfg = SimpleNamespace(**{**build_parser()[1], **checkpoint["config"]})
+    model = build_model(cfg, len(checkpoint["classes"]))
+    try:
+        model.load_state_dict(checkpoint["model"])
+    except RuntimeError as error:
+        raise InputError(f"'{path}': {one_line(error)}") from error
+    return cfg, model
+
+
+def run_export(given):
+    """Write one sub-model of a checkpoint as a program that needs this file no more: of torch.export, or ONNX when the
+    name ends with .onnx."""
+    for name in set(given) - {"eval", "export", "sub_model", "fold_bn", "data_dir", "overwrite"}:
+        raise InputError(f"{flag(name)} has no meaning with --export, which takes the options of the checkpoint's run")
+    path = Path(given["export"])
+    if path.exists() and not given.get("overwrite"):
+        raise InputError(f"--export: '{path}' exists: choose another name, or --overwrite")
+    checkpoint = load_checkpoint(Path(given["eval"]))
+    cfg, model = restore(checkpoint, given["eval"])
+    names = [sub.name for sub in model.eval().sub_models()]
+    name = given.get("sub_model", names[-1])
+    try:
+        which = names.index(name) + 1 if name in names else float(name.removeprefix("width-"))
+        if cfg.arch == "slimmable" and cfg.bn == "universal" and name not in names:      # a width not measured yet
+            data = load_data(cfg.dataset, given.get("data_dir", cfg.data_dir), cfg.train_size, cfg.val_size)
+            data = replace(data, mean=checkpoint["mean"], std=checkpoint["std"])
+            model.calibrate(calibration_batches(data), [which])
+            model.eval()
+        program = extract(model, which)
+    except ValueError as error:
+        between = " and any width between" if vars(cfg).get("bn") == "universal" and cfg.arch == "slimmable" else ""
+        raise InputError(f"--sub-model {name}: '{given['eval']}' offers {', '.join(names)}{between}") from error
+    if given.get("fold_bn"):
+        fold_bn(program)
+    about = {"sub-model": name, "classes": checkpoint["classes"], "input": "float32 (N, 3, 32, 32): (pixel / 255 - mean) / "
+             "std", "mean": checkpoint["mean"].tolist(), "std": checkpoint["std"].tolist()}
+    write_program(program, path, about)
+    params = sum(p.numel() for p in program.parameters())
+    print(f"{name}: {params:,} parameters, {path.stat().st_size:,} bytes in {path}; input {about['input']}, "
+          f"mean {' '.join(f'{m:.4f}' for m in about['mean'])}, std {' '.join(f'{s:.4f}' for s in about['std'])}")
+
+
+def write_program(model, path, about):
+    """Export a model for images (N, 3, 32, 32) of any N, and see that what was written gives the same logits."""
+    images, batch = torch.randn(5, 3, 32, 32), torch.export.Dim("batch")
+    program = torch.export.export(model, (images[:2],), dynamic_shapes=({0: batch},))
+    if path.suffix == ".onnx":
+        try:
+            program = torch.onnx.export(program, dynamo=True, verbose=False)
+        except ImportError as error:
+            raise InputError(f"--export: '{path.name}' needs the packages onnx and onnxscript ({one_line(error)}): install "
+                             "them, or take another ending for a program of torch.export") from error
+        replace_file(path, lambda file: file.write(program.model_proto.SerializeToString()))
+        try:
+            import onnxruntime
+        except ImportError:
+            print("onnxruntime is not installed: the file was not run")
+            return
+        session = onnxruntime.InferenceSession(str(path))
+        run = lambda x: torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+    else:
+        program.example_inputs = None
+        for node in program.graph.nodes:
+            node.meta = {k: v for k, v in node.meta.items() if k == "val"}        # no source lines: a third of the graph
+        replace_file(path, lambda file: torch.export.save(program, file, extra_files={"about.json": json.dumps(about)}))
+        run = torch.export.load(path).module()
+    with torch.no_grad():
+        difference = max((run(x) - model(x)).abs().max().item() for x in (images[:1], images))
+    if not difference < 1e-4:
+        raise InputError(f"'{path}' gives logits that differ by {difference:.1e}: do not use it")
 
 
 def refuse_to_overwrite(out, files, overwrite):
@@ -1707,8 +1785,10 @@ def main(argv=None):
             benchmark(settle({"dataset": "cifar10", **given}, defaults))
         elif "resume" in given:
             run_resumed(given, defaults)
+        elif "export" in given and "eval" not in given:
+            raise InputError("--export needs --eval, the checkpoint.pt that holds the sub-model")
         elif "eval" in given:
-            run_evaluation(given, defaults)
+            (run_export if "export" in given else run_evaluation)(given)
         else:
             run_training(settle(given, defaults))
     except (InputError, OSError) as error:       # OSError: a file or directory that cannot be reached or written
