@@ -147,10 +147,15 @@ def test_half_precision_logits_are_computed_in_float32_also_under_autocast(dtype
 @pytest.mark.parametrize("change, message", [
     ({"logits": []}, "non-empty"), ({"logits": [torch.zeros(6, 5), torch.zeros(6, 4)]}, r"\(6, 4\)"),
     ({"logits": [torch.zeros(6)]}, r"\(6,\)"), ({"method": "kd"}, "'kd'"), ({"kd_weight": 1.5}, "1.5"),
-    ({"kd_weight": math.nan}, "nan"), ({"temperature": 0.0}, "0.0")])
+    ({"kd_weight": math.nan}, "nan"), ({"temperature": 0.0}, "0.0"), ({"logits": [[0.5]]}, "list"), ({"logits": [torch.zeros(0, 5)]}, r"\(0, 5\)"),
+    ({"logits": [torch.zeros(6, 5, dtype=torch.int64)]}, "torch.int64"), ({"logits": [torch.zeros(6, 5, device="meta")]}, "meta"),
+    ({"target": [0] * 6}, "list"), ({"target": torch.zeros(6)}, "torch.float32"), ({"target": torch.zeros(6, dtype=torch.int32)}, "torch.int32"),
+    ({"target": torch.zeros(5, dtype=torch.int64)}, r"\(5,\)"), ({"target": torch.zeros(6, 5, dtype=torch.int64)}, r"\(6, 5\)"),
+    ({"target": torch.zeros(6, dtype=torch.int64, device="meta")}, "meta"), ({"target": torch.arange(6)}, "below 5, got 0 to 5"),
+    ({"target": torch.full((6,), -100)}, "got -100 to -100")])          # PyTorch would pass over -100
 def test_loss_names_the_wrong_argument(change, message):
     logits, target = random_logits(2)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         ipkd_ta_loss(**{"logits": logits, "target": target, **change})
 
 
@@ -183,8 +188,9 @@ def test_drawn_widths_are_uniform_over_the_range():
     torch.testing.assert_close(quantiles, 0.2 + 0.8 * torch.tensor([0.1, 0.25, 0.5, 0.75, 0.9]), atol=0.01, rtol=0)
 
 
-@pytest.mark.parametrize("args", [(1, 0.25, 1.0), (4, 1.0, 0.25), (4, 0.0, 1.0), (4, 0.5, 0.5)])
-def test_sandwich_refuses_an_empty_range(args):
+@pytest.mark.parametrize("args", [(1, 0.25, 1.0), (4, 1.0, 0.25), (4, 0.0, 1.0), (4, 0.5, 0.5), (2.5, 0.25, 1.0), (4, 0.25, math.inf),
+                                  (4, math.nan, 1.0)])
+def test_sandwich_refuses_an_empty_range_and_a_broken_number(args):
     with pytest.raises(ValueError, match=f"n={args[0]}, low={args[1]}, high={args[2]}"):
         sandwich_widths(*args)
 
@@ -357,10 +363,11 @@ def test_a_smaller_width_trains_the_first_channels_alone():
 
 @pytest.mark.parametrize("kwargs, message", [
     ({"widths": (0.5, 0.25)}, r"\[0.5, 0.25\]"), ({"widths": (0.5, 0.5)}, "ascend"), ({"widths": ()}, r"\[\]"),
-    ({"widths": (0.0, 1.0)}, "0.0"), ({"widths": (0.5, 1.5)}, "1.5"), ({"bn": "batch"}, "'batch'")])
+    ({"widths": (0.0, 1.0)}, "0.0"), ({"widths": (0.5, 1.5)}, "1.5"), ({"widths": (0.5, math.nan)}, "nan"), ({"widths": ("half",)}, "'half'"),
+    ({"bn": "batch"}, "'batch'"), ({"num_classes": 0}, "num_classes .* 0"), ({"num_classes": 2.5}, "num_classes .* 2.5")])
 def test_slimmable_names_the_wrong_argument(kwargs, message):
     with pytest.raises(ValueError, match=message):
-        SlimmableMobileNetV1(10, **kwargs)
+        SlimmableMobileNetV1(**kwargs)
 
 
 # ------------------------------------------------------------------------------------------------------------ MSDNet
@@ -417,10 +424,19 @@ def test_weights_start_as_published():
 
 
 @pytest.mark.parametrize("kwargs, message", [({"exits": 0}, "exits must be a positive integer, got 0"), ({"growth": 1.5}, "growth .* 1.5"),
-                                             ({"step_mode": "odd"}, "'odd'")])
+                                             ({"step_mode": "odd"}, "'odd'"), ({"num_classes": 0}, "num_classes .* 0")])
 def test_msdnet_names_the_wrong_argument(kwargs, message):
     with pytest.raises(ValueError, match=message):
-        MSDNet(10, **kwargs)
+        MSDNet(**kwargs)
+
+
+@pytest.mark.parametrize("arch", ["msdnet", "universal"])
+@pytest.mark.parametrize("x, message", [
+    (torch.zeros(2, 3, 32, 32, dtype=torch.uint8), r"torch.uint8 \(2, 3, 32, 32\)"), (torch.zeros(3, 32, 32), r"\(3, 32, 32\)"),
+    (torch.zeros(2, 1, 32, 32), r"\(2, 1, 32, 32\)"), ([[0.5]], "list")])
+def test_networks_name_what_is_no_batch_of_images(arch, x, message):
+    with pytest.raises(TypeError, match=message):
+        tiny_model(arch)(x, *([0.1] if arch == "universal" else []))
 
 
 # ---------------------------------------------------------------------------------------------------------- training
@@ -440,11 +456,11 @@ def test_gradients_of_a_step_are_those_of_the_whole_loss_at_once(arch, method):
     cfg = SimpleNamespace(method=method, temperature=2.0, amp="off")
     passes = model.training_passes(lambda low, high: sandwich_widths(4, low, high, torch.Generator().manual_seed(3)))
     assert len(passes) == {"msdnet": 1, "universal": 4, "switchable": 3}[arch]
-    logits = [z for forward in reversed(passes) for z in forward(x)]             # smallest sub-model first
+    logits = [z for _, forward in reversed(passes) for z in forward(x)]          # smallest sub-model first
     whole = ipkd_ta_loss(logits, y, method, 0.5, 2.0)
     expected = torch.autograd.grad(whole, list(model.parameters()))
     model = tiny_model(arch)
-    loss = ipkd_ta.train_step(model, x, y, cfg, 0.5, torch.amp.GradScaler(enabled=False), torch.Generator().manual_seed(3))
+    loss, _ = ipkd_ta.train_step(model, x, y, cfg, 0.5, torch.amp.GradScaler(enabled=False), torch.Generator().manual_seed(3))
     torch.testing.assert_close(loss, whole)
     for p, gradient in zip(model.parameters(), expected):
         torch.testing.assert_close(p.grad, gradient, rtol=1e-3, atol=1e-5)
@@ -536,8 +552,8 @@ def test_training_learns_what_it_is_shown():
 def test_mixed_precision_computes_in_half_and_keeps_float32_weights_and_loss(arch, amp, dtype):
     model, cfg = tiny_model(arch), SimpleNamespace(method="ipkd-ta", temperature=1.0, amp=amp)
     passes, seen = model.training_passes, []
-    model.training_passes = lambda draw: [lambda x, f=f: [seen.append(z.dtype) or z for z in f(x)] for f in passes(draw)]
-    loss = ipkd_ta.train_step(model, torch.randn(4, 3, 32, 32), torch.arange(4), cfg, 0.5, torch.amp.GradScaler(enabled=False), None)
+    model.training_passes = lambda draw: [(names, lambda x, f=f: [seen.append(z.dtype) or z for z in f(x)]) for names, f in passes(draw)]
+    loss, _ = ipkd_ta.train_step(model, torch.randn(4, 3, 32, 32), torch.arange(4), cfg, 0.5, torch.amp.GradScaler(enabled=False), None)
     assert set(seen) == {dtype} and loss.dtype == torch.float32 and loss.isfinite()
     assert all(p.dtype == p.grad.dtype == torch.float32 for p in model.parameters())
 
@@ -565,14 +581,49 @@ def test_a_training_step_is_sgd_with_nesterov_momentum_and_weight_decay_on_the_a
         torch.testing.assert_close(after, before - 0.05 * 1.9 * (gradient + 1e-4 * before), rtol=1e-3, atol=1e-5)
 
 
-def test_the_loss_of_an_epoch_is_the_mean_over_images_and_a_divergence_stops_the_run(monkeypatch):
-    data, losses = ipkd_ta.load_data("shapes", None, 12), iter([1.0, 4.0, 2.0, math.nan])
-    monkeypatch.setattr(ipkd_ta, "train_step", lambda *args: torch.tensor(next(losses)))
-    trainer = ipkd_ta.Trainer(tiny_model("msdnet"), data, training_options(batch_size=8, epochs=2))
+def test_the_loss_of_an_epoch_is_the_mean_over_images(monkeypatch):
+    data, losses = ipkd_ta.load_data("shapes", None, 12), iter([1.0, 4.0])
+    monkeypatch.setattr(ipkd_ta, "train_step", lambda *args: (torch.tensor(next(losses)), {}))
+    trainer = ipkd_ta.Trainer(tiny_model("msdnet"), data, training_options(batch_size=8))
+    assert next(ipkd_ta.train(trainer, lambda share: None))[0]["loss"] == pytest.approx((8 * 1 + 4 * 4) / 12)
+
+
+@pytest.mark.parametrize("looked_at", ["every step", "the end of the epoch"])           # as on the CPU, and as on a GPU
+@pytest.mark.parametrize("arch, name", [("msdnet", "exit-2"), ("universal", "width-0.12"), ("switchable", "width-0.1")])
+def test_a_loss_that_is_not_finite_is_told_with_epoch_step_learning_rate_and_sub_model(arch, name, looked_at, monkeypatch):
+    model, steps_of_an_epoch = tiny_model(arch), 3
+    trainer = ipkd_ta.Trainer(model, ipkd_ta.load_data("shapes", None, 12), training_options(batch_size=4, epochs=2))
+    passes, check = model.training_passes, trainer.check
+
+    def spoiled(draw):
+        now = (trainer.epoch, trainer.steps) == (1, 1)
+        spoil = lambda logits, names: [z * math.nan if now and n == name else z for z, n in zip(logits, names)]
+        return [(names, lambda x, names=names, f=f: spoil(f(x), names)) for names, f in passes(draw)]
+    monkeypatch.setattr(ipkd_ta, "sandwich_widths", lambda *args: [0.15, 0.12, 0.08, 0.05])
+    model.training_passes = spoiled
+    if looked_at != "every step":
+        trainer.check = lambda: check() if trainer.steps == steps_of_an_epoch else None
     epochs = ipkd_ta.train(trainer, lambda share: None)
-    assert next(epochs)[0]["loss"] == pytest.approx((8 * 1 + 4 * 4) / 12)
-    with pytest.raises(InputError, match="the loss of epoch 2 is nan; try a lower --lr than 0.1"):
+    assert math.isfinite(next(epochs)[0]["loss"])
+    with pytest.raises(InputError) as error:
         next(epochs)
+    assert str(error.value) == (f"diverged: in step 2 of epoch 2, at learning rate 0.025, the loss of {name} is not finite; "
+                                "try a lower --lr than 0.1")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("arch", ["msdnet", "universal"])
+def test_a_training_step_never_waits_for_the_gpu(arch):
+    data = ipkd_ta.load_data("shapes", None, 64).to("cuda")
+    trainer = ipkd_ta.Trainer(tiny_model(arch).cuda(), data, training_options(amp="bf16"))
+    first, *batches = torch.arange(64, device="cuda").split(16)
+    trainer.step(first, progress=0)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for batch in batches:
+            trainer.step(batch, progress=0.5)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_amp_auto_is_off_on_the_cpu():
@@ -763,6 +814,8 @@ def test_train_size_takes_the_same_images_at_every_call_and_no_more_than_there_a
     assert len(a.train_images) == 5 and a.train_images.equal(b.train_images) and len(a.test_images) == 8
     with pytest.raises(InputError, match="9 training images were asked for, and folder has 8"):
         ipkd_ta.load_data("folder", tmp_path, 9)
+    assert run("--dataset", "folder", "--data-dir", tmp_path, "--train-size", 9, "--out", tmp_path / "out") == 2
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.skipif("IPKD_TA_IMAGES" not in os.environ, reason="needs real images: set IPKD_TA_IMAGES to their directory")
@@ -859,16 +912,24 @@ def test_eval_refuses_a_file_that_is_no_checkpoint_and_runs_no_code_from_it(cont
     (["--bn", "switchable"], "--bn is an option of --arch slimmable"),
     (["--arch", "slimmable", "--widths", "0.5", "0.25"], "widths must ascend within (0, 1], got [0.5, 0.25]"),
     (["--arch", "slimmable", "--widths", "0"], "above 0 and at most 1, got '0'"),
+    (["--arch", "slimmable", "--widths", "0.5", "0.5"], "widths must ascend within (0, 1], got [0.5, 0.5]"),
+    (["--arch", "slimmable", "--widths", "0.5", "1.5"], "above 0 and at most 1, got '1.5'"),
+    (["--arch", "slimmable", "--widths", "nan"], "above 0 and at most 1, got 'nan'"),
     (["--arch", "resnet"], "resnet"), (["--batch-size", "0"], "at least 1 and at most 2147483647, got '0'"), (["--epochs", "1.5"], "whole number"),
-    (["--lr", "-1"], "above 0"), (["--lr", "nan"], "nan"), (["--lr", "inf"], "inf"), (["--kd-weight", "1.5"], "at most 1"),
-    (["--kd-warmup", "-0.1"], "at least 0"), (["--temperature", "0"], "at least 0.001"), (["--seed", "-1"], "at least 0"),
-    (["--exits", "0"], "at least 1"), (["--device", "abacus"], "abacus"), (["--device", "meta"], "meta"), (["--train-size", "9" * 20], "at most"), (["--nonsense"], "--nonsense"), (["--epoch", "1"], "--epoch"),
+    (["--lr", "-1"], "above 0, got '-1'"), (["--lr", "0"], "above 0, got '0'"), (["--lr", "nan"], "nan"), (["--lr", "inf"], "inf"),
+    (["--kd-weight", "1.5"], "at least 0 and at most 1, got '1.5'"), (["--kd-weight", "-0.1"], "'-0.1'"), (["--kd-weight", "nan"], "nan"),
+    (["--kd-warmup", "-0.1"], "at least 0"), (["--lr-warmup", "nan"], "nan"), (["--temperature", "0"], "at least 0.001"),
+    (["--temperature", "-1"], "'-1'"), (["--temperature", "nan"], "nan"), (["--temperature", "inf"], "inf"), (["--seed", "-1"], "at least 0"),
+    (["--checkpoint-every", "nan"], "nan"), (["--checkpoint-every", "inf"], "inf"), (["--exits", "0"], "at least 1 and at most 2147483647, got '0'"),
+    (["--device", "abacus"], "abacus"), (["--device", "meta"], "meta"), (["--device", "cuda:99"], "--device cuda:99 cannot be used here"),
+    (["--train-size", "0"], "at least 1"), (["--train-size", "9" * 20], "at most"), (["--nonsense"], "--nonsense"), (["--epoch", "1"], "--epoch"),
     (["--report", "nowhere"], "no results.json of a run below nowhere")])
 def test_wrong_options_are_one_clear_line_and_status_2(options, message, tmp_path, capfd):
     mode = [] if "--report" in options else ["--out", tmp_path / "out"]
     assert run(*options, *mode) == 2
     out, err = capfd.readouterr()
     assert out == "" and err.count("\n") == 1 and err.startswith("ipkd_ta.py: error: ") and message in err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
@@ -910,9 +971,10 @@ def test_without_out_every_run_finds_a_directory_of_its_own(tmp_path, monkeypatc
     assert sorted(p.name for p in Path("runs").iterdir()) == ["msdnet-shapes-ipkd-ta-seed0", "msdnet-shapes-ipkd-ta-seed0-2"]
 
 
-def test_an_out_that_is_a_file_is_a_clear_error(tmp_path, capsys):
+@pytest.mark.parametrize("mode", [[], ["--resume"]])
+def test_an_out_that_is_a_file_is_a_clear_error(mode, tmp_path, capsys):
     (tmp_path / "file").write_text("mine")
-    assert run("--out", tmp_path / "file") == 2
+    assert run(*mode, "--out", tmp_path / "file") == 2
     assert f"--out '{tmp_path / 'file'}'" in capsys.readouterr().err and (tmp_path / "file").read_text() == "mine"
 
 
@@ -1251,13 +1313,15 @@ def test_a_step_skipped_by_the_gradient_scaler_changes_nothing():
     data = ipkd_ta.Data(torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8), torch.arange(8), None, None, list(range(10)),
                         torch.full((3,), 0.5), torch.full((3,), 0.5))
     cfg = SimpleNamespace(batch_size=8, lr=0.01, lr_warmup=0, schedule="linear", kd_weight=0.5, kd_warmup=0, method="ipkd-ta",
-                          temperature=1.0, amp="fp16", seed=0)
+                          temperature=1.0, amp="fp16", seed=0, epochs=1)
     trainer = ipkd_ta.Trainer(tiny_model("msdnet"), data, cfg)
     trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**100)          # overflows: the first steps are skipped
     before = [p.clone() for p in trainer.model.parameters()]
     trainer.step(torch.arange(8), progress=0)
     assert all(torch.equal(p, b) for p, b in zip(trainer.model.parameters(), before))
     assert all(state["momentum_buffer"] is None or not state["momentum_buffer"].any() for state in trainer.optimizer.state.values())
+    (record, _), = ipkd_ta.train(trainer, lambda share: None)
+    assert math.isfinite(record["loss"])                                       # and is no divergence
 
 
 @pytest.mark.parametrize("change", [{"config": []}, {"config": {"arch": "vgg", "dataset": "shapes"}}, {"mean": (0.5, 0.5, 0.5)}, {"model": []}])
@@ -1267,6 +1331,30 @@ def test_eval_refuses_a_checkpoint_with_other_content(change, trained, tmp_path,
     capfd.readouterr()
     assert run("--eval", tmp_path / "checkpoint.pt") == 2
     assert capfd.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("moment, message", [
+    ("before", "in step 2 of epoch 2, at learning rate 0.05, the loss of exit-1, exit-2, exit-3 is not finite"),
+    ("after", "after 1 epochs and 2 steps weights are not finite")])
+def test_a_divergence_keeps_the_last_good_checkpoint(moment, message, tmp_path, monkeypatch, capfd):
+    step, count = ipkd_ta.Trainer.step, []
+
+    def spoiled(self, *args):
+        count.append(1)
+        for when in ("before", "after"):
+            if when == "after":
+                loss = step(self, *args)
+            if moment == when and len(count) == 5:
+                next(self.model.parameters()).data.fill_(math.inf)
+        return loss
+    monkeypatch.setattr(ipkd_ta.Trainer, "step", spoiled)
+    options = [*TINY["msdnet"], *LONG, "--checkpoint-every", "0.000001", "--out", tmp_path / "run", "--schedule", "linear"]
+    assert run(*options, "--lr-warmup", 0) == 2
+    err = capfd.readouterr().err
+    assert f"diverged: {message}" in err and err.count("\n") == 1
+    good = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
+    assert (good["trainer"]["epoch"], good["trainer"]["steps"]) == (1, 1)
+    assert all(value.isfinite().all() for value in good["model"].values())
 
 
 def test_a_divergence_in_the_last_step_is_told(tmp_path, capfd):
