@@ -81,9 +81,9 @@ def ipkd_ta_loss(logits, target, method="ipkd-ta", kd_weight=0.5, temperature=1.
     if getattr(target, "dtype", None) != torch.int64:
         raise TypeError(f"target must be an int64 tensor, got {getattr(target, 'dtype', type(target))}")
     if target.shape != shapes[0][:1] or {z.device for z in logits} != {target.device}:
-        raise ValueError(f"target must be {shapes[0][:1]} on {logits[0].device} as all logits, got {tuple(target.shape)} "
-                         f"on {target.device}, and logits on {[str(z.device) for z in logits]}")
-    if target.device.type == "cpu" and not 0 <= target.min() <= target.max() < shapes[0][1]:    # a GPU would be waited for
+        raise ValueError(f"target must be of shape {shapes[0][:1]} and on one device with all logits, got "
+                         f"{tuple(target.shape)} on {target.device}, logits on {[str(z.device) for z in logits]}")
+    if target.device.type == "cpu" and not 0 <= target.min() <= target.max() < shapes[0][1]:   # a GPU is not waited for
         raise ValueError(f"target must be at least 0 and below {shapes[0][1]}, got {target.min()} to {target.max()}")
 
     logits = [z.to(torch.promote_types(z.dtype, torch.float32)) for z in logits]
@@ -135,7 +135,8 @@ class SlimmableMobileNetV1(nn.Module):
             may be asked for, in eval mode after `calibrate` has measured its BatchNorm statistics.
             "switchable" (Yu et al., ICLR 2019): a private BatchNorm for each of `widths`, and no other width.
     Raises:
-        ValueError: widths that do not ascend in (0, 1], an unknown bn, no class, or a width that the model does not offer.
+        ValueError: widths that do not ascend in (0, 1], an unknown bn, no class, or a width that the model does not
+            offer.
         TypeError: images that are not floating-point (N, 3, H, W).
     """
 
@@ -898,17 +899,16 @@ def mean_and_deviation(values):
 def read_results(path):
     """Content of a results.json; InputError when the file is none."""
     try:
-        run = json.loads(path.read_text())
-        for part, keys in ((run["config"], ("arch", "dataset", "method", "seed", "epochs", "train_size")),
-                           *((sub, ("name", "macs", "params", "top1")) for sub in run["sub_models"])):
-            if not set(keys) <= set(part):
-                raise ValueError(f"it lacks {', '.join(sorted(set(keys) - set(part)))}")
-            for key in set(keys) & {"seed", "epochs", "train_size", "macs", "params", "top1"}:
-                if not isinstance(part[key], (int, float)):
-                    raise ValueError(f"its {key} is {part[key]!r}, no number")
+        run, number = json.loads(path.read_text()), (int, float)
+        config = {"arch": str, "dataset": str, "method": str, "seed": number, "epochs": number, "train_size": number}
+        sub_model = {"name": str, "macs": number, "params": number, "top1": number}
+        for part, kinds in ((run["config"], config), *((sub, sub_model) for sub in run["sub_models"])):
+            for key, kind in kinds.items():
+                if not isinstance(part[key], kind):
+                    raise ValueError(f"its {key} is {part[key]!r}")
         if run["config"]["method"] not in METHODS or not run["sub_models"]:
             raise ValueError("it has an unknown method or no sub-models")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         reason = f"{type(error).__name__}: {one_line(error)}"
         raise InputError(f"'{path}' is not the results.json of a run ({reason})") from error
     return run
@@ -1215,8 +1215,8 @@ RUN_FILES = ("config.json", "metrics.jsonl", "checkpoint.pt", "checkpoint.previo
 
 
 def run_training(cfg, checkpoint=None, damaged=False, others=RUN_FILES):
-    """Train, print and write everything that a run consists of, into its directory: from a checkpoint on, of a directory
-    that is locked, or from the start, if the directory holds none of the files `others` or --overwrite is given."""
+    """Train, print and write everything that a run consists of, into its directory: from a checkpoint on, the directory
+    being locked, or from the start, where the directory holds none of the files `others` or --overwrite is given."""
     device = pick_device(cfg.device)
     cfg.device, cfg.amp = str(device), pick_amp(cfg.amp, device)
     cfg.out = cfg.out or free_name(f"runs/{cfg.arch}-{cfg.dataset}-{cfg.method}-seed{cfg.seed}")
@@ -1247,7 +1247,8 @@ def run_training(cfg, checkpoint=None, damaged=False, others=RUN_FILES):
                 model.load_state_dict(checkpoint["model"])
                 trainer.load(checkpoint["trainer"])
             except Exception as error:           # of another version of this file: torch raises many types
-                raise InputError(f"--resume: the checkpoint in '{out}' does not fit ({one_line(error)[:200]})") from error
+                reason = one_line(error)[:200]
+                raise InputError(f"--resume: the checkpoint in '{out}' does not fit ({reason})") from error
             lines = metrics.read_bytes().splitlines(keepends=True)[:trainer.epoch] if metrics.exists() else []
             replace_file(metrics, lambda file: file.write(b"".join(lines)))      # without what came later
             print(f"resuming after {trainer.epoch} epochs and {trainer.steps} steps", flush=True)
@@ -1301,7 +1302,8 @@ def train_and_write(trainer, costs, out, damaged):
             sub_models = evaluated()
             for sub in sub_models:
                 if not math.isfinite(sub["loss"]):
-                    raise diverged(f"the test loss of {sub['name']} after epoch {record['epoch']} is {sub['loss']}", cfg)
+                    what = f"the test loss of {sub['name']} after epoch {record['epoch']} is {sub['loss']}"
+                    raise diverged(what, cfg)
             record["top1"] = [sub["top1"] for sub in sub_models]
             metrics = (out / "metrics.jsonl").read_bytes() + (json.dumps(record) + "\n").encode()
             replace_file(out / "metrics.jsonl", lambda file: file.write(metrics))

@@ -10,9 +10,11 @@ import json
 import math
 import os
 import pickle
+import random
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -23,6 +25,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torchvision
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 from torchvision.datasets.folder import default_loader
@@ -589,9 +592,9 @@ def test_the_loss_of_an_epoch_is_the_mean_over_images(monkeypatch):
 
 
 @pytest.mark.parametrize("looked_at", ["every step", "the end of the epoch"])           # as on the CPU, and as on a GPU
-@pytest.mark.parametrize("arch, name", [("msdnet", "exit-2"), ("universal", "width-0.12"), ("switchable", "width-0.1")])
+@pytest.mark.parametrize("arch, name", [("msdnet", "exit-3"), ("universal", "width-0.12"), ("switchable", "width-0.1")])
 def test_a_loss_that_is_not_finite_is_told_with_epoch_step_learning_rate_and_sub_model(arch, name, looked_at, monkeypatch):
-    model, steps_of_an_epoch = tiny_model(arch), 3
+    model, calls = tiny_model(arch), []
     trainer = ipkd_ta.Trainer(model, ipkd_ta.load_data("shapes", None, 12), training_options(batch_size=4, epochs=2))
     passes, check = model.training_passes, trainer.check
 
@@ -602,13 +605,14 @@ def test_a_loss_that_is_not_finite_is_told_with_epoch_step_learning_rate_and_sub
     monkeypatch.setattr(ipkd_ta, "sandwich_widths", lambda *args: [0.15, 0.12, 0.08, 0.05])
     model.training_passes = spoiled
     if looked_at != "every step":
-        trainer.check = lambda: check() if trainer.steps == steps_of_an_epoch else None
+        trainer.check = lambda: calls.append(1) or len(calls) % 4 or check()         # an epoch has 3 steps and an end
     epochs = ipkd_ta.train(trainer, lambda share: None)
     assert math.isfinite(next(epochs)[0]["loss"])
     with pytest.raises(InputError) as error:
         next(epochs)
     assert str(error.value) == (f"diverged: in step 2 of epoch 2, at learning rate 0.025, the loss of {name} is not finite; "
                                 "try a lower --lr than 0.1")
+    assert trainer.steps == (2 if looked_at == "every step" else 3)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -806,6 +810,52 @@ def test_wrong_folders_are_one_clear_line_and_status_2(kind, tmp_path, capfd):
     assert run("--dataset", "folder", "--data-dir", tmp_path / "images", "--out", tmp_path / "out", *QUICK) == 2
     out, err = capfd.readouterr()
     assert out == "" and err.count("\n") == 1 and message in err and str(tmp_path / "images") in err
+
+
+def one_image(root, name, write):
+    """A folder data set of two classes and an image each, of which the first is made by write(path)."""
+    write_images(root, n=1)
+    path = root / "train/cat" / name
+    (root / "train/cat/0 ä.png").unlink()
+    write(path)
+    return path
+
+
+@pytest.mark.parametrize("name, write, pixel", [
+    ("one pixel.png", lambda path: Image.new("RGB", (1, 1), (9, 99, 199)).save(path), (9, 99, 199)),
+    ("übers Eck.png", lambda path: Image.new("RGB", (40, 3), (9, 99, 199)).save(path), (9, 99, 199)),
+    ("16 bit.png", lambda path: Image.new("I;16", (8, 8), 30_000).save(path), (116, 116, 116)),
+    ("16 bit.tiff", lambda path: Image.new("I;16", (8, 8), 65_535).save(path), (255, 255, 255)),
+    ("ink.jpg", lambda path: Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(path), (255, 0, 0)),
+    ("animated.gif", lambda path: Image.new("RGB", (8, 8), (250, 0, 0)).save(
+        path, save_all=True, append_images=[Image.new("RGB", (8, 8), (0, 0, 250))]), (250, 0, 0)),
+    ("palette.png", lambda path: Image.new("RGB", (8, 8), (9, 99, 199)).quantize(4).save(path, transparency=b"\x00\x80"), (9, 99, 199))])
+def test_an_unusual_image_loads_with_its_colours_and_without_a_warning(name, write, pixel, tmp_path, recwarn):
+    one_image(tmp_path, name, write)
+    image = ipkd_ta.load_data("folder", tmp_path).train_images[0]
+    assert (image.int() - torch.tensor(pixel).view(3, 1, 1)).abs().max() <= 1 and not recwarn.list
+
+
+def bitmap_header(side):
+    return b"BM" + struct.pack("<IHHI", 54, 0, 0, 54) + struct.pack("<IiiHHIIiiII", 40, side, side, 1, 24, 0, 0, 0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("name, write, message", [
+    ("zero bytes.png", lambda path: path.write_bytes(b""), "cannot identify"),
+    ("bomb.bmp", lambda path: path.write_bytes(bitmap_header(20_000)), "decompression bomb"),
+    ("half a bomb, cut off.bmp", lambda path: path.write_bytes(bitmap_header(10_000)), "truncated"),
+    ("32 bit.tiff", lambda path: Image.new("I", (8, 8), 100_000).save(path), "mode I"),
+    ("link to itself.png", lambda path: path.symlink_to(path), "not a file"),
+    ("link to nowhere.png", lambda path: path.symlink_to(path.parent / "nowhere"), "not a file"),
+    ("link to its folder", lambda path: path.symlink_to(path.parent, target_is_directory=True), "not a file"),
+    ("link to the root", lambda path: path.symlink_to(path.parents[2], target_is_directory=True), "not a file"),
+    ("pipe.png", os.mkfifo, "not a file")])
+def test_an_impossible_image_is_named_in_one_line(name, write, message, tmp_path, recwarn, capfd):
+    path = one_image(tmp_path / "images", name, write)
+    assert run("--dataset", "folder", "--data-dir", tmp_path / "images", "--out", tmp_path / "out", *QUICK) == 2
+    out, err = capfd.readouterr()
+    assert out == "" and err.count("\n") == 1 and f"cannot decode image '{path}' (" in err and message in err
+    assert not recwarn.list and not (tmp_path / "out").exists()
 
 
 def test_train_size_takes_the_same_images_at_every_call_and_no_more_than_there_are(tmp_path):
@@ -1020,12 +1070,25 @@ def test_report_never_averages_over_different_settings(tmp_path, capsys):
     assert out.count("### ") == 4 and out.count("(1 run)") == 4 and "lr 0.01" in out and "lr 0.1\n" in out
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{\"config\": {}}", "{\"config\": 3, \"sub_models\": []}"])
-def test_report_names_a_file_that_is_no_result(text, tmp_path, capsys):
-    (tmp_path / "results.json").write_text(text)
+SOUND = {"config": {"arch": "msdnet", "dataset": "cifar10", "method": "ce", "seed": 0, "epochs": 3, "train_size": 9},
+         "sub_models": [{"name": "exit-1", "macs": 1, "params": 1, "top1": 50.0}]}
+
+
+@pytest.mark.parametrize("content, reason", [
+    (b"", ""), (b"\xff\xfe", ""), (b"[" * 100_000, ""), (b"[]", ""), ({"config": 3}, ""), ({"sub_models": []}, "no sub-models"),
+    ({"sub_models": {"name": "exit-1"}}, ""), ({"config": {"arch": "msdnet"}}, "KeyError: 'dataset'"),
+    *(({"config": {**SOUND["config"], name: "many"}}, f"its {name} is 'many'") for name in ("seed", "epochs", "train_size")),
+    ({"config": {**SOUND["config"], "method": ["ce"]}}, "its method is ['ce']"),
+    *(({"sub_models": [{**SOUND["sub_models"][0], name: None}]}, f"its {name} is None") for name in ("name", "macs", "params", "top1"))])
+def test_report_names_a_file_that_is_no_result(content, reason, tmp_path, capsys):
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(SOUND))
+    assert run("--report", tmp_path) == 0
+    capsys.readouterr()
+    path.write_bytes(content if isinstance(content, bytes) else json.dumps({**SOUND, **content}).encode())
     assert run("--report", tmp_path) == 2
     err = capsys.readouterr().err
-    assert str(tmp_path / "results.json") in err and err.count("\n") == 1
+    assert f"'{path}' is not the results.json of a run" in err and reason in err and err.count("\n") == 1
 
 
 def test_run_cifar_trains_all_skips_what_is_finished_and_names_what_failed(tmp_path):
@@ -1145,7 +1208,7 @@ def test_a_killed_run_resumes_to_the_same_bits(arch, every, steps, uninterrupted
     same_outcome(tmp_path / "run", uninterrupted / arch)
 
 
-@pytest.mark.parametrize("call", [0, 2, 3, 6])      # config, the first checkpoint made the previous one, the second checkpoint, results
+@pytest.mark.parametrize("call", [0, 3, 4, 9])      # config, the first checkpoint made the previous one, the second checkpoint, results
 def test_a_run_killed_while_it_puts_a_file_in_place_resumes_to_the_same_bits(call, uninterrupted, tmp_path, monkeypatch):
     replace, left = os.replace, [call]
 
@@ -1242,6 +1305,13 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(damage, interrup
     same_outcome(interrupted, uninterrupted / "msdnet")
 
 
+def test_a_half_written_line_of_metrics_is_repaired(interrupted, uninterrupted):
+    with open(interrupted / "metrics.jsonl", "a") as file:
+        file.write('{"epoch": 3, "lr": 0.0')
+    assert run("--resume", "--out", interrupted) == 0
+    same_outcome(interrupted, uninterrupted / "msdnet")
+
+
 def test_without_a_sound_checkpoint_nothing_is_touched(interrupted, capfd):
     for name in ("checkpoint.pt", "checkpoint.previous.pt"):
         (interrupted / name).write_bytes(b"garbage")
@@ -1291,19 +1361,121 @@ def test_resume_needs_its_directory_and_the_images_of_the_run(interrupted, capfd
     assert "the images are not those" in capfd.readouterr().err
 
 
-def test_a_full_disk_is_a_clear_error_and_leaves_the_checkpoint_intact(interrupted, uninterrupted, capfd, monkeypatch):
-    def full(descriptor):
-        raise OSError(28, "No space left on device")
+@pytest.mark.parametrize("function, error", [("fsync", OSError(28, "No space left on device")), ("open", PermissionError(13, "Permission denied"))])
+def test_a_full_or_read_only_disk_is_a_clear_error_and_leaves_the_checkpoint_intact(function, error, interrupted, uninterrupted, capfd, monkeypatch):
+    owner, left = (os, [2]) if function == "fsync" else (ipkd_ta, [2])        # two writes of metrics.jsonl, then of the checkpoint
+    real = getattr(owner, function, open)
+
+    def failing(*args):
+        if left[0] == 0:
+            raise error
+        left[0] -= 1
+        return real(*args)
     before = (interrupted / "checkpoint.pt").read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
+        patch.setattr(owner, function, failing, raising=False)
         capfd.readouterr()
         assert run("--resume", "--out", interrupted) == 2
-        error = capfd.readouterr().err
-        assert "cannot write" in error and "No space left on device" in error and error.count("\n") == 1
-    assert before == (interrupted / "checkpoint.pt").read_bytes()
+        err = capfd.readouterr().err
+        assert f"cannot write '{interrupted / 'checkpoint.pt'}'" in err and error.strerror in err and err.count("\n") == 1
+    assert before == (interrupted / "checkpoint.pt").read_bytes() and not (interrupted / "checkpoint.pt.tmp").exists()
     assert run("--resume", "--out", interrupted) == 0
     same_outcome(interrupted, uninterrupted / "msdnet")
+
+
+def test_a_resumed_run_holds_its_directory_before_it_reads_the_checkpoint(interrupted, capfd, monkeypatch):
+    def load_checkpoint(path):
+        with pytest.raises(InputError, match="in use by another process"), ipkd_ta.locked(interrupted):
+            pass
+        raise InputError("enough")
+    monkeypatch.setattr(ipkd_ta, "load_checkpoint", load_checkpoint)
+    assert run("--resume", "--out", interrupted) == 2 and capfd.readouterr().err == "ipkd_ta.py: error: enough\n"
+
+
+@pytest.mark.parametrize("mode", [[], ["--resume"]])
+def test_a_run_leaves_alone_what_another_process_wrote_while_it_began(mode, tmp_path, capfd, monkeypatch):
+    load_data = ipkd_ta.load_data
+
+    def slowly(*args):
+        (tmp_path / "results.json").write_text("of another run")
+        return load_data(*args)
+    monkeypatch.setattr(ipkd_ta, "load_data", slowly)
+    assert run(*mode, *TINY["msdnet"], *QUICK, "--out", tmp_path) == 2
+    assert "already holds results.json" in capfd.readouterr().err and [p.name for p in tmp_path.iterdir()] == ["results.json"]
+
+
+@pytest.mark.parametrize("part, content", [("trainer", {"epoch": 1}), ("model", {}), ("config", {"exits": 2})])
+def test_a_checkpoint_that_does_not_fit_is_named_at_resuming(part, content, interrupted, capfd):
+    checkpoint = torch.load(interrupted / "checkpoint.pt", weights_only=True)
+    checkpoint[part] = {**checkpoint[part], **content} if part == "config" else content
+    torch.save(checkpoint, interrupted / "checkpoint.pt")
+    capfd.readouterr()
+    assert run("--resume", "--out", interrupted) == 2
+    err = capfd.readouterr().err
+    assert f"the checkpoint in '{interrupted}' does not fit" in err and err.count("\n") == 1
+
+
+# ------------------------------------------------------------------------------------------------------------ damage
+
+
+FUZZ = int(os.environ.get("IPKD_TA_FUZZ", 200))          # damaged files of each kind
+
+
+def damaged(content, draw):
+    """The bytes cut off somewhere, or with some of them replaced, as drawn."""
+    content = bytearray(content)
+    if draw.random() < 0.2:
+        return content[:draw.randrange(len(content))]
+    for _ in range(draw.choice((1, 1, 2, 10))):
+        content[draw.randrange(len(content))] = draw.randrange(256)
+    return content
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and a.equal(b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def refused_or_same(load, original):
+    """Whether load() gives `original`; it may refuse in one line instead."""
+    try:
+        loaded = load()
+    except InputError as error:
+        assert "\n" not in str(error)
+        return False
+    assert same(loaded, original)
+    return True
+
+
+def test_a_damaged_checkpoint_is_refused_or_gives_the_same_content(tmp_path):
+    assert run("--arch", "slimmable", "--widths", "0.01", *QUICK, "--out", tmp_path) == 0
+    path, draw = tmp_path / "checkpoint.pt", random.Random(0)
+    content, original = path.read_bytes(), ipkd_ta.load_checkpoint(path)
+    accepted = 0
+    for _ in range(FUZZ):
+        path.write_bytes(damaged(content, draw))
+        accepted += refused_or_same(lambda: ipkd_ta.load_checkpoint(path), original)
+    assert accepted < FUZZ / 2
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_a_damaged_cifar_is_refused(name, tmp_path, monkeypatch):
+    *_, cls = write_cifar(tmp_path, name, monkeypatch)
+    monkeypatch.setattr(cls, "download", lambda self: (_ for _ in ()).throw(RuntimeError("no network")))
+    original, draw, accepted = vars(ipkd_ta.load_data(name, tmp_path)), random.Random(0), 0
+    files = sorted((tmp_path / cls.base_folder).iterdir())
+    for _ in range(FUZZ // 2):
+        file = draw.choice(files)
+        content = file.read_bytes()
+        file.write_bytes(damaged(content, draw))
+        accepted += refused_or_same(lambda: vars(ipkd_ta.load_data(name, tmp_path)), original)
+        file.write_bytes(content)
+    assert accepted < FUZZ / 10                          # a byte may be replaced by itself
 
 
 # ------------------------------------------------------------------------------------------ found by review, kept found
@@ -1333,10 +1505,11 @@ def test_eval_refuses_a_checkpoint_with_other_content(change, trained, tmp_path,
     assert capfd.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"))])
 @pytest.mark.parametrize("moment, message", [
     ("before", "in step 2 of epoch 2, at learning rate 0.05, the loss of exit-1, exit-2, exit-3 is not finite"),
     ("after", "after 1 epochs and 2 steps weights are not finite")])
-def test_a_divergence_keeps_the_last_good_checkpoint(moment, message, tmp_path, monkeypatch, capfd):
+def test_a_divergence_keeps_the_last_good_checkpoint(moment, message, device, tmp_path, monkeypatch, capfd):
     step, count = ipkd_ta.Trainer.step, []
 
     def spoiled(self, *args):
@@ -1349,7 +1522,7 @@ def test_a_divergence_keeps_the_last_good_checkpoint(moment, message, tmp_path, 
         return loss
     monkeypatch.setattr(ipkd_ta.Trainer, "step", spoiled)
     options = [*TINY["msdnet"], *LONG, "--checkpoint-every", "0.000001", "--out", tmp_path / "run", "--schedule", "linear"]
-    assert run(*options, "--lr-warmup", 0) == 2
+    assert run(*options, "--lr-warmup", 0, "--device", device) == 2
     err = capfd.readouterr().err
     assert f"diverged: {message}" in err and err.count("\n") == 1
     good = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
