@@ -30,6 +30,7 @@ import signal
 import statistics
 import sys
 import time
+import warnings
 import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -63,20 +64,29 @@ def ipkd_ta_loss(logits, target, method="ipkd-ta", kd_weight=0.5, temperature=1.
 
     Args:
         logits: list of K tensors (N, C), smallest sub-model first. Half precision is computed in float32.
-        target: class indices (N,).
+        target: class indices (N,), int64.
         method, kd_weight in [0, 1], temperature in (0, 1e6]: see above.
     Returns:
         Scalar: summed over sub-models and classes, averaged over the batch. No gradient flows into a teacher.
     Raises:
-        ValueError: an empty list, logits of different shapes, or an argument outside its range.
+        TypeError, ValueError: logits or a target of a wrong type, shape or device, or an argument outside its range.
     """
     if method not in ("ce", "ipkd", "ipkd-ta"):
         raise ValueError(f"method must be 'ce', 'ipkd' or 'ipkd-ta', got {method!r}")
     if not 0 <= kd_weight <= 1 or not 0 < temperature <= 1e6:
         raise ValueError(f"need 0 <= kd_weight <= 1 and 0 < temperature <= 1e6, got {kd_weight} and {temperature}")
+    if not all(torch.is_tensor(z) and z.is_floating_point() for z in logits):
+        raise TypeError(f"logits must be floating-point tensors, got {[getattr(z, 'dtype', type(z)) for z in logits]}")
     shapes = [tuple(z.shape) for z in logits]
-    if len(set(shapes)) != 1 or len(shapes[0]) != 2:
+    if len(set(shapes)) != 1 or len(shapes[0]) != 2 or 0 in shapes[0]:
         raise ValueError(f"logits must be a non-empty list of tensors of one shape (N, C), got shapes {shapes}")
+    if getattr(target, "dtype", None) != torch.int64:
+        raise TypeError(f"target must be an int64 tensor, got {getattr(target, 'dtype', type(target))}")
+    if target.shape != shapes[0][:1] or {z.device for z in logits} != {target.device}:
+        raise ValueError(f"target must be of shape {shapes[0][:1]} and on one device with all logits, got "
+                         f"{tuple(target.shape)} on {target.device}, logits on {[str(z.device) for z in logits]}")
+    if target.device.type == "cpu" and not 0 <= target.min() <= target.max() < shapes[0][1]:   # a GPU is not waited for
+        raise ValueError(f"target must be at least 0 and below {shapes[0][1]}, got {target.min()} to {target.max()}")
 
     logits = [z.to(torch.promote_types(z.dtype, torch.float32)) for z in logits]
     loss = F.cross_entropy(logits[-1], target)
@@ -97,15 +107,15 @@ def sandwich_widths(n, low, high, generator=None):
 
     Args:
         n: number of widths, at least 2: the largest, the smallest, and n - 2 drawn uniformly from [low, high].
-        low, high: width multipliers, 0 < low < high.
+        low, high: width multipliers, 0 < low < high < infinity.
         generator: CPU torch.Generator of the draw (default: PyTorch's global one).
     Returns:
         List of n floats, descending, so that every teacher's logits exist before its students need them.
     Raises:
-        ValueError: n below 2 or an empty range.
+        ValueError: n that is no integer or below 2, or an empty range.
     """
-    if n < 2 or not 0 < low < high:
-        raise ValueError(f"need n >= 2 and 0 < low < high, got n={n}, low={low}, high={high}")
+    if not isinstance(n, int) or n < 2 or not 0 < low < high < math.inf:
+        raise ValueError(f"need an integer n >= 2 and 0 < low < high, got n={n}, low={low}, high={high}")
     drawn = low + (high - low) * torch.rand(n - 2, generator=generator, dtype=torch.float64)
     return [high, *sorted(drawn.tolist(), reverse=True), low]
 
@@ -127,7 +137,9 @@ class SlimmableMobileNetV1(nn.Module):
             may be asked for, in eval mode after `calibrate` has measured its BatchNorm statistics.
             "switchable" (Yu et al., ICLR 2019): a private BatchNorm for each of `widths`, and no other width.
     Raises:
-        ValueError: widths that do not ascend in (0, 1], an unknown bn, or a width that the model does not offer.
+        ValueError: widths that do not ascend in (0, 1], an unknown bn, no class, or a width that the model does not
+            offer.
+        TypeError: images that are not floating-point (N, 3, H, W).
     """
 
     STEM = 32
@@ -141,6 +153,8 @@ class SlimmableMobileNetV1(nn.Module):
             raise ValueError(f"widths must ascend within (0, 1], got {list(widths)}")
         if bn not in ("universal", "switchable"):
             raise ValueError(f"bn must be 'universal' or 'switchable', got {bn!r}")
+        if not isinstance(num_classes, int) or num_classes < 1:
+            raise ValueError(f"num_classes must be a positive integer, got {num_classes!r}")
         self.widths, self.low, self.high, self.bn = widths, widths[0], widths[-1], bn
 
         counts, strides = self.channels(self.high), [1] + [s for _, stride in self.BLOCKS for s in (stride, 1)]
@@ -170,6 +184,9 @@ class SlimmableMobileNetV1(nn.Module):
         return self._run(x, self._layers(width, tracked), training=self.training)
 
     def _run(self, x, layers, training, momentum=0.1):
+        if not torch.is_tensor(x) or not x.is_floating_point() or x.ndim != 4 or x.shape[1] != 3:
+            raise TypeError(f"x must be a floating-point tensor (N, 3, H, W), got {getattr(x, 'dtype', type(x))} "
+                            f"{tuple(getattr(x, 'shape', ()))}")
         for conv, weight, mean, var, gamma, beta in layers:
             if conv.kernel_size == (1, 1) and x.is_contiguous(memory_format=torch.channels_last):
                 x = F.linear(x.movedim(1, -1), weight.flatten(1)).movedim(-1, 1)      # the same by a matrix product
@@ -264,11 +281,11 @@ class SlimmableMobileNetV1(nn.Module):
         return subs
 
     def training_passes(self, draw_widths):
-        """The forward passes of one training step, largest first, each x -> [logits]: of all `widths` when switchable,
-        of those that draw_widths(low, high) gives, in descending order, when universal."""
+        """The forward passes of one training step, largest first, each as ([name], x -> [logits]): of all `widths` when
+        switchable, of those that draw_widths(low, high) gives, in descending order, when universal."""
         sampled = self.bn == "universal" and self.low < self.high
         widths = draw_widths(self.low, self.high) if sampled else reversed(self.widths)
-        return [lambda x, width=width: [self(x, width)] for width in widths]
+        return [([f"width-{width:g}"], lambda x, width=width: [self(x, width)]) for width in widths]
 
     def all_logits(self, x):
         """Logits of every sub-model in `widths`, ascending: list of (N, num_classes)."""
@@ -319,6 +336,7 @@ class MSDNet(nn.Module):
             them sends, not the sum (Li et al., ICCV 2019, section 3.1): its size does not grow with their number.
     Raises:
         ValueError: an argument that is not a positive integer, or an unknown step_mode.
+        TypeError: images that are not floating-point (N, 3, H, W).
     """
 
     FACTORS = (1, 2, 4)      # channels of a scale relative to the finest; also how far its bottlenecks are wider
@@ -424,6 +442,9 @@ class MSDNet(nn.Module):
 
     def forward(self, x):
         """x: (N, 3, 32, 32) -> list of K logits (N, num_classes), exit 1 first."""
+        if not torch.is_tensor(x) or not x.is_floating_point() or x.ndim != 4 or x.shape[1] != 3:
+            raise TypeError(f"x must be a floating-point tensor (N, 3, H, W), got {getattr(x, 'dtype', type(x))} "
+                            f"{tuple(getattr(x, 'shape', ()))}")
         logits = []
         for following, block, head in zip(reversed(range(len(self.heads))), self.blocks, self.heads):
             x = block(x)                                           # maps, finest scale first
@@ -489,8 +510,8 @@ class MSDNet(nn.Module):
         return macs
 
     def training_passes(self, draw_widths):
-        """The forward passes of one training step, each x -> list of logits: one pass gives every exit."""
-        return [self]
+        """The forward passes of one training step, each as (names, x -> list of logits): one pass gives every exit."""
+        return [([f"exit-{k}" for k in range(1, len(self.heads) + 1)], self)]
 
     def all_logits(self, x):
         """Logits of every exit, exit 1 first: list of (N, num_classes)."""
@@ -677,51 +698,56 @@ def load_cifar(name, data_dir):
     return Data(train_images, train_labels, test_images, test_labels, splits[0].classes)
 
 
-class VisibleImages(torchvision.datasets.ImageFolder):
-    """ImageFolder that tries every file and passes over names that begin with a dot."""
-
-    def __init__(self, root):
-        super().__init__(root, is_valid_file=lambda path: not Path(path).name.startswith("."))
-
-    def find_classes(self, directory):
-        names = sorted(entry.name for entry in os.scandir(directory) if entry.is_dir() and entry.name[0] != ".")
-        if not names:
-            raise FileNotFoundError("no class folders")
-        return names, {name: i for i, name in enumerate(names)}
-
-
 def load_folder(root):
     """Images of any format and size that Pillow reads, as root/train/<class>/* and root/test/<class>/* (or val),
-    converted to RGB and resized to 32x32."""
-    test = "test" if (root / "test").is_dir() else "val"
-    splits = []
-    for split in ("train", test):
-        if not (root / split).is_dir():
-            raise InputError(f"--data-dir '{root}' has no folder '{split}': expected {root}/train/<class>/* and "
+    converted to RGB and resized to 32x32. Names that begin with a dot do not count."""
+    listed = []
+    for split in (root / "train", root / ("test" if (root / "test").is_dir() else "val")):
+        if not split.is_dir():
+            raise InputError(f"--data-dir '{root}' has no folder '{split.name}': expected {root}/train/<class>/* and "
                              f"{root}/test/<class>/* (or val)")
-        try:
-            splits.append(VisibleImages(str(root / split)))
-        except OSError as error:                    # no class, or a class without images
-            raise InputError(f"'{root / split}': {one_line(error)}") from error
-    train, test = splits
-    if train.classes != test.classes:
-        odd = sorted(set(train.classes) ^ set(test.classes))
-        raise InputError(f"'{train.root}' and '{test.root}' must have the same classes: only one has {', '.join(odd)}")
-    train_labels, test_labels = torch.tensor(train.targets), torch.tensor(test.targets)
-    return Data(read_images(train), train_labels, read_images(test), test_labels, train.classes)
+        folders = [path for path in visible(split) if path.is_dir()]
+        listed.append(([folder.name for folder in folders],
+                       [(path, label) for label, folder in enumerate(folders) for path in visible(folder)]))
+    (classes, train_files), (test_classes, test_files) = listed
+    if classes != test_classes or not classes:
+        odd = ", ".join(sorted(set(classes) ^ set(test_classes)))
+        raise InputError(f"'{root}' must have the same class folders in both splits: only one has {odd or 'no class'}")
+    return Data(*read_images(train_files), *read_images(test_files), classes)
 
 
-def read_images(folder):
-    """All images of an ImageFolder, as (N, 3, 32, 32) uint8."""
-    pixels = torch.empty(len(folder.samples), 32, 32, 3, dtype=torch.uint8)
-    for i, (path, _) in enumerate(folder.samples):
+def visible(directory):
+    """Sorted paths of what a directory holds, but for names that begin with a dot; InputError when that is nothing."""
+    paths = sorted(path for path in directory.iterdir() if path.name[0] != ".")
+    if not paths:
+        raise InputError(f"'{directory}' is empty: expected <class>/* with images")
+    return paths
+
+
+def read_images(files):
+    """The images of these (path, label), as (N, 3, 32, 32) uint8, and the labels (N,)."""
+    pixels = torch.empty(len(files), 32, 32, 3, dtype=torch.uint8)
+    for i, (path, _) in enumerate(files):
         try:
-            image = folder.loader(path)             # as RGB
-            image = image if image.size == (32, 32) else image.resize((32, 32))
+            pixels[i] = torch.frombuffer(bytearray(read_image(path).tobytes()), dtype=torch.uint8).view(32, 32, 3)
         except Exception as error:                  # Pillow's decoders raise many types
             raise InputError(f"cannot decode image '{path}' ({one_line(error)}): mend or remove it") from error
-        pixels[i] = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(32, 32, 3)
-    return pixels.permute(0, 3, 1, 2).contiguous()
+    return pixels.permute(0, 3, 1, 2).contiguous(), torch.tensor([label for _, label in files])
+
+
+def read_image(path):
+    """The (first) image of a file as Pillow's RGB image of 32x32 pixels."""
+    if not path.is_file():                          # a folder, a pipe, a link to nowhere or to itself
+        raise ValueError("not a file")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with torchvision.datasets.folder.Image.open(path) as image:
+            if image.mode == "I;16":                # Pillow would clip at 255
+                image = image.point(lambda value: value * (1 / 257))
+            elif image.mode[0] in "IF":
+                raise ValueError(f"the range of pixels of mode {image.mode} is unknown")
+            image = image.convert("RGB")
+    return image if image.size == (32, 32) else image.resize((32, 32))
 
 
 SHAPES_TRAIN, SHAPES_TEST, SHAPES_CONTRAST, SHAPES_NOISE = 1500, 1000, 0.5, 0.1
@@ -824,19 +850,22 @@ def ramp(progress, share):
 
 
 def train_step(model, images, labels, cfg, kd_weight, scaler, generator):
-    """Gradients of the loss for one batch, added to the parameters'; returns the loss.
+    """Gradients of the loss for one batch, added to the parameters'; returns the loss, and the cross-entropy of each
+    sub-model by name, which tells where a loss that is not finite came from.
 
     Only one pass's activations are alive at a time: the newest logits meet those of the larger sub-models, which carry
     no gradient any more, so each backward adds what its own sub-models contribute to L, and the last loss is all of L.
     """
-    known = []
-    for forward in model.training_passes(lambda low, high: sandwich_widths(4, low, high, generator)):
+    known, parts = [], {}
+    for names, forward in model.training_passes(lambda low, high: sandwich_widths(4, low, high, generator)):
         with torch.autocast(images.device.type, AMP_TYPES.get(cfg.amp), enabled=cfg.amp in AMP_TYPES):
             logits = forward(images)
         loss = ipkd_ta_loss(logits + known, labels, cfg.method, kd_weight, cfg.temperature)
         scaler.scale(loss).backward()
-        known = [z.detach() for z in logits] + known
-    return loss.detach()
+        logits = [z.detach() for z in logits]
+        parts.update({name: F.cross_entropy(z.float(), labels) for name, z in zip(names, logits)})
+        known = logits + known
+    return loss.detach(), parts
 
 
 class Trainer:
@@ -852,6 +881,7 @@ class Trainer:
             model.parameters(), lr=cfg.lr, momentum=0.9, nesterov=True, weight_decay=1e-4, fused=cfg.amp != "fp16")
         self.epoch = self.steps = self.lr = self.kd_weight = 0
         self.order = self.loss_sum = None
+        self.unchecked = []             # steps since the last check: their number, learning rate, loss and its parts
 
     def state(self):
         """All of it but the model, for `load`: a trainer that loaded it goes on with the same bits."""
@@ -882,12 +912,27 @@ class Trainer:
         whole = len(batch) == min(cfg.batch_size, len(data.train_images))
         graph = "default" if whole else "force_eager"       # no second graph for the last batch
         with torch.compiler.set_stance(graph):
-            loss = train_step(self.model, images, data.train_labels[batch], cfg, self.kd_weight, self.scaler,
-                              self.draws)
+            loss, parts = train_step(self.model, images, data.train_labels[batch], cfg, self.kd_weight, self.scaler,
+                                     self.draws)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
+        self.unchecked.append((self.steps + 1, self.lr, loss, parts))
         return loss
+
+    def check(self):
+        """Wait for the device; InputError when a loss of this epoch was not finite."""
+        if not math.isfinite(self.loss_sum.item()):
+            step, lr, _, parts = next((s for s in self.unchecked if not s[2].isfinite()), self.unchecked[-1])
+            bad = [name for name, part in parts.items() if not part.isfinite()] or parts
+            raise diverged(f"in step {step} of epoch {self.epoch + 1}, at learning rate {lr:.4g}, the loss of "
+                           f"{', '.join(bad)} is not finite", self.cfg)
+        self.unchecked.clear()
+
+
+def diverged(what, cfg):
+    """The InputError of a training that came to nothing."""
+    return InputError(f"diverged: {what}; try a lower --lr than {cfg.lr}")
 
 
 def train(trainer, tick):
@@ -907,12 +952,12 @@ def train(trainer, tick):
             progress = (trainer.epoch + (trainer.steps + 0.5) / len(batches)) / cfg.epochs      # in mid-step
             trainer.loss_sum += trainer.step(batch, progress) * len(batch)
             trainer.steps, images = trainer.steps + 1, images + len(batch)
+            if device.type == "cpu":
+                trainer.check()                        # there is nothing to wait for
             tick(progress)
-        loss = trainer.loss_sum.item() / n             # waits for the device: the clock stops after the last step
+        trainer.check()                                # waits for the device: the clock stops after the last step
         speed = images / (time.perf_counter() - start)
-        trainer.epoch, trainer.steps = trainer.epoch + 1, 0
-        if not math.isfinite(loss):
-            raise InputError(f"diverged: the loss of epoch {trainer.epoch} is {loss}; try a lower --lr than {cfg.lr}")
+        trainer.epoch, trainer.steps, loss = trainer.epoch + 1, 0, trainer.loss_sum.item() / n
         yield {"epoch": trainer.epoch, "lr": trainer.lr, "kd_weight": trainer.kd_weight, "loss": loss}, speed
 
 
@@ -1069,17 +1114,16 @@ def mean_and_deviation(values):
 def read_results(path):
     """Content of a results.json; InputError when the file is none."""
     try:
-        run = json.loads(path.read_text())
-        for part, keys in ((run["config"], ("arch", "dataset", "method", "seed", "epochs", "train_size")),
-                           *((sub, ("name", "macs", "params", "top1")) for sub in run["sub_models"])):
-            if not set(keys) <= set(part):
-                raise ValueError(f"it lacks {', '.join(sorted(set(keys) - set(part)))}")
-            for key in set(keys) & {"seed", "epochs", "train_size", "macs", "params", "top1"}:
-                if not isinstance(part[key], (int, float)):
-                    raise ValueError(f"its {key} is {part[key]!r}, no number")
+        run, number = json.loads(path.read_text()), (int, float)
+        config = {"arch": str, "dataset": str, "method": str, "seed": number, "epochs": number, "train_size": number}
+        sub_model = {"name": str, "macs": number, "params": number, "top1": number}
+        for part, kinds in ((run["config"], config), *((sub, sub_model) for sub in run["sub_models"])):
+            for key, kind in kinds.items():
+                if not isinstance(part[key], kind):
+                    raise ValueError(f"its {key} is {part[key]!r}")
         if run["config"]["method"] not in METHODS or not run["sub_models"]:
             raise ValueError("it has an unknown method or no sub-models")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         reason = f"{type(error).__name__}: {one_line(error)}"
         raise InputError(f"'{path}' is not the results.json of a run ({reason})") from error
     return run
@@ -1114,7 +1158,7 @@ def usual_steps(model, data, cfg, draws):
     optimizer = torch.optim.SGD(model.parameters(), lr=cfg.lr, momentum=0.9, nesterov=True, weight_decay=1e-4)
     while True:
         for images, labels in torch.utils.data.DataLoader(UsualImages(data), cfg.batch_size, shuffle=True):
-            loss = train_step(model, images.to(device), labels.to(device), cfg, cfg.kd_weight, scaler, draws)
+            loss, _ = train_step(model, images.to(device), labels.to(device), cfg, cfg.kd_weight, scaler, draws)
             optimizer.step()
             optimizer.zero_grad()
             yield loss.item()
@@ -1395,14 +1439,15 @@ def pick_amp(name, device):
 RUN_FILES = ("config.json", "metrics.jsonl", "checkpoint.pt", "checkpoint.previous.pt", "results.json", "budget.json")
 
 
-def run_training(cfg, checkpoint=None, damaged=False):
-    """Train, print and write everything that a run consists of, into its directory; from a checkpoint on if given."""
+def run_training(cfg, checkpoint=None, damaged=False, others=RUN_FILES):
+    """Train, print and write everything that a run consists of, into its directory: from a checkpoint on, the directory
+    being locked, or from the start, where the directory holds none of the files `others` or --overwrite is given."""
     device = pick_device(cfg.device)
     cfg.device, cfg.amp = str(device), pick_amp(cfg.amp, device)
     cfg.out = cfg.out or free_name(f"runs/{cfg.arch}-{cfg.dataset}-{cfg.method}-seed{cfg.seed}")
     out, overwrite = Path(cfg.out), vars(cfg).pop("overwrite")
     if not checkpoint:
-        refuse_to_overwrite(out, RUN_FILES, overwrite)
+        refuse_to_overwrite(out, others, overwrite)
     with torch.device("meta"):
         build_model(cfg, num_classes=10)             # wrong options are told before any work
     start = time.perf_counter()
@@ -1419,20 +1464,26 @@ def run_training(cfg, checkpoint=None, damaged=False):
           f"writing to {out}", flush=True)
 
     make_directory(out)
-    with locked(out):
+    with contextlib.nullcontext() if checkpoint else locked(out):
+        metrics = out / "metrics.jsonl"
         if checkpoint:
             if checkpoint["classes"] != data.classes or not torch.equal(checkpoint["mean"], data.mean.cpu()):
                 raise InputError(f"--resume: the images are not those that the run in '{out}' was trained on")
-            model.load_state_dict(checkpoint["model"])
-            trainer.load(checkpoint["trainer"])
-            (out / "metrics.jsonl").touch()
-            lines = (out / "metrics.jsonl").read_bytes().splitlines(keepends=True)[:trainer.epoch]
-            replace_file(out / "metrics.jsonl", lambda file: file.write(b"".join(lines)))      # without what came later
+            try:
+                model.load_state_dict(checkpoint["model"])
+                trainer.load(checkpoint["trainer"])
+            except Exception as error:           # of another version of this file: torch raises many types
+                reason = one_line(error)[:200]
+                raise InputError(f"--resume: the checkpoint in '{out}' does not fit ({reason})") from error
+            lines = metrics.read_bytes().splitlines(keepends=True)[:trainer.epoch] if metrics.exists() else []
+            replace_file(metrics, lambda file: file.write(b"".join(lines)))      # without what came later
             print(f"resuming after {trainer.epoch} epochs and {trainer.steps} steps", flush=True)
         else:
+            refuse_to_overwrite(out, others, overwrite)      # another process may have come first
             for name in RUN_FILES:
                 (out / name).unlink(missing_ok=True)
             write_json(out / "config.json", vars(cfg))
+            metrics.touch()
         if cfg.compile:
             compile_model(model, device)
         train_and_write(trainer, costs, out, damaged)
@@ -1447,8 +1498,12 @@ def train_and_write(trainer, costs, out, damaged):
 
     def save():
         nonlocal saved, damaged
+        trainer.check()
+        weights = model.state_dict()             # may have diverged in a step whose loss, before it, was finite
+        if not all(value.isfinite().all() for value in weights.values()):
+            raise diverged(f"after {trainer.epoch} epochs and {trainer.steps} steps weights are not finite", cfg)
         content = {"config": vars(cfg), "classes": data.classes, "mean": data.mean.cpu(), "std": data.std.cpu(),
-                   "epoch": trainer.epoch, "model": model.state_dict(), "trainer": trainer.state()}
+                   "epoch": trainer.epoch, "model": weights, "trainer": trainer.state()}
         replace_file(out / "checkpoint.pt", lambda file: torch.save(content, file),
                      keep=out / f"checkpoint.{'damaged' if damaged else 'previous'}.pt")
         saved, damaged = time.perf_counter(), False
@@ -1473,13 +1528,11 @@ def train_and_write(trainer, costs, out, damaged):
             sub_models = evaluated()
             for sub in sub_models:
                 if not math.isfinite(sub["loss"]):
-                    raise InputError(f"diverged: the test loss of {sub['name']} after epoch {record['epoch']} is "
-                                     f"{sub['loss']}; try a lower --lr than {cfg.lr}")
+                    what = f"the test loss of {sub['name']} after epoch {record['epoch']} is {sub['loss']}"
+                    raise diverged(what, cfg)
             record["top1"] = [sub["top1"] for sub in sub_models]
-            with open(out / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(record) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+            metrics = (out / "metrics.jsonl").read_bytes() + (json.dumps(record) + "\n").encode()
+            replace_file(out / "metrics.jsonl", lambda file: file.write(metrics))
             save()
             progress.clear()
             print(f"epoch {record['epoch']:{len(str(cfg.epochs))}}/{cfg.epochs}  lr {record['lr']:.4f}  "
@@ -1513,11 +1566,15 @@ def run_resumed(given, defaults):
     if "out" not in given:
         raise InputError("--resume needs --out, the directory of the run")
     out, given = Path(given["out"]), {k: v for k, v in given.items() if k != "resume"}
-    files = [path for path in (out / "checkpoint.pt", out / "checkpoint.previous.pt") if path.exists()]
-    if not files:
-        if (out / "results.json").exists():
-            raise InputError(f"--resume: '{out}' has results.json and no checkpoint.pt")
-        return run_training(settle({**given, "overwrite": True}, defaults))
+    with locked(out) if out.is_dir() else contextlib.nullcontext():
+        files = [path for path in (out / "checkpoint.pt", out / "checkpoint.previous.pt") if path.exists()]
+        if files:
+            return go_on(out, files, given, defaults)
+    run_training(settle(given, defaults), others=RUN_FILES[2:])
+
+
+def go_on(out, files, given, defaults):
+    """Go on with the run in `out`, by the first of these checkpoints that is sound."""
     try:
         checkpoint, damaged = load_checkpoint(files[0]), False
     except InputError as error:
@@ -1536,7 +1593,7 @@ def run_resumed(given, defaults):
     if (out / "results.json").exists() and checkpoint["epoch"] == config["epochs"]:
         print(f"the run in '{out}' is finished")
         return
-    run_training(SimpleNamespace(**{"overwrite": False, **config, **given}), checkpoint, damaged)
+    run_training(settle({**config, **given}, defaults), checkpoint, damaged)
 
 
 def run_evaluation(given):
