@@ -37,6 +37,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+import torch.distributed as dist
 import torchvision
 from torch import nn
 from torch.nn import functional as F
@@ -868,6 +869,44 @@ def train_step(model, images, labels, cfg, kd_weight, scaler, generator):
     return loss.detach(), parts
 
 
+def join_processes(device):
+    """Join the other processes that torchrun started: by NCCL on CUDA devices, else by gloo. Alone, nothing happens."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        cuda = device.startswith("cuda") or device == "auto" and torch.cuda.is_available()
+        dist.init_process_group("nccl" if cuda else "gloo")
+
+
+def process_count():
+    """Number of processes that train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def process_rank():
+    """Number of this process among them, from 0, the one that writes."""
+    return dist.get_rank() if process_count() > 1 else 0
+
+
+def sum_over_processes(tensor):
+    """The sum of this tensor over all processes, in place; returns it. SystemExit when one of them is gone."""
+    if process_count() > 1:
+        try:
+            dist.all_reduce(tensor)
+        except RuntimeError as error:
+            print(f"ipkd_ta.py: error: another process is gone ({one_line(error)[:100]}); go on with --resume",
+                  file=sys.stderr)
+            raise SystemExit(1) from error
+    return tensor
+
+
+def merge_gradients(model, loss, share):
+    """Replace the gradients and the loss by their sum over all processes, each times the process's share of the batch.
+    One message a step: DistributedDataParallel would send one for each pass, and wants all weights in the last one."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    flat = sum_over_processes(torch.cat([g.flatten() for g in [*gradients, loss]]) * share)
+    for g, merged in zip([*gradients, loss], flat.split([g.numel() for g in [*gradients, loss]])):
+        g.copy_(merged.view_as(g))
+
+
 class Trainer:
     """SGD on a model and the training images of `data`, and how far it has come: in epochs, and steps of this one."""
 
@@ -908,12 +947,18 @@ class Trainer:
         self.lr = cfg.lr * lr_factor(cfg.schedule, progress) * ramp(progress, cfg.lr_warmup)
         self.kd_weight = cfg.kd_weight * ramp(progress, cfg.kd_warmup)
         self.optimizer.param_groups[0]["lr"] = self.lr      # of progress alone: no scheduler object
-        images = data.normalise(augment(data.train_images[batch], self.crops))
+        images, labels = augment(data.train_images[batch], self.crops), data.train_labels[batch]
+        processes = process_count()
+        share = 1 / processes
+        if len(batch) >= processes:              # every process draws for the whole batch, and computes its part of it
+            images, labels = images[process_rank()::processes], labels[process_rank()::processes]
+            share = len(labels) / len(batch)
         whole = len(batch) == min(cfg.batch_size, len(data.train_images))
         graph = "default" if whole else "force_eager"       # no second graph for the last batch
         with torch.compiler.set_stance(graph):
-            loss, parts = train_step(self.model, images, data.train_labels[batch], cfg, self.kd_weight, self.scaler,
-                                     self.draws)
+            loss, parts = train_step(self.model, data.normalise(images), labels, cfg, self.kd_weight, self.scaler, self.draws)
+        if processes > 1:
+            merge_gradients(self.model, loss[None], share)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
@@ -982,19 +1027,20 @@ def compile_model(model, device):
 def evaluate(model, data, split="test"):
     """Accuracy of every sub-model on the "test" or "val" images, smallest first, without mixed precision: list of
     {"top1", "top5" in percent, "loss": mean cross-entropy}."""
-    totals = 0
-    for logits, labels in all_logits(model, data, split):                                  # (K, N, C), (N,)
+    totals = torch.zeros(3, 1, dtype=torch.float64, device=data.mean.device)
+    for logits, labels in all_logits(model, data, split, process_rank(), process_count()):   # (K, N, C), (N,)
         hits = logits.topk(min(5, logits.shape[2])).indices == labels[:, None]             # (K, N, 5)
         loss = -logits.log_softmax(2)[:, torch.arange(len(labels)), labels]                # (K, N)
-        totals += torch.stack([hits[:, :, 0].sum(1), hits.any(2).sum(1), loss.sum(1)]).double()
-    means = (totals / len(getattr(data, f"{split}_images"))).T.tolist()
+        totals = totals + torch.stack([hits[:, :, 0].sum(1), hits.any(2).sum(1), loss.sum(1)]).double()
+    means = (sum_over_processes(totals) / len(getattr(data, f"{split}_images"))).T.tolist()
     return [{"top1": 100 * top1, "top5": 100 * top5, "loss": loss} for top1, top5, loss in means]
 
 
-def all_logits(model, data, split, batch_size=250):
-    """For each batch of the "test" or "val" images: logits (K, N, C) of every sub-model, smallest first, and labels."""
+def all_logits(model, data, split, first=0, stride=1, batch_size=250):
+    """For each batch of the "test" or "val" images, or of a part of them: logits (K, N, C) of every sub-model, smallest
+    first, and labels."""
     model.eval()
-    images, labels = getattr(data, f"{split}_images"), getattr(data, f"{split}_labels")
+    images, labels = (getattr(data, f"{split}_{what}")[first::stride] for what in ("images", "labels"))
     for batch, batch_labels in zip(images.split(batch_size), labels.split(batch_size)):
         yield torch.stack(model.all_logits(data.normalise(batch))), batch_labels
 
@@ -1418,6 +1464,9 @@ def pick_device(name):
     """torch.device of --device, made sure of."""
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        if device.type == "cuda" and process_count() > 1:
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
         torch.rand(1, generator=torch.Generator(device), device=device)
     except Exception as error:              # unknown, absent, or unable to compute: torch raises many types
         raise InputError(f"--device {name} cannot be used here ({one_line(error)[:200]})") from error
@@ -1451,7 +1500,11 @@ def run_training(cfg, checkpoint=None, damaged=False, others=RUN_FILES):
     with torch.device("meta"):
         build_model(cfg, num_classes=10)             # wrong options are told before any work
     start = time.perf_counter()
+    if process_rank():
+        dist.barrier()                           # until the first process has downloaded
     data = load_data(cfg.dataset, cfg.data_dir, cfg.train_size, cfg.val_size)
+    if process_count() > 1 and process_rank() == 0:
+        dist.barrier()
     data = data.to(device, memory_format(cfg.arch, device))
     seconds, cfg.train_size = time.perf_counter() - start, len(data.train_images)
     torch.manual_seed(cfg.seed)
@@ -1480,13 +1533,25 @@ def run_training(cfg, checkpoint=None, damaged=False, others=RUN_FILES):
             print(f"resuming after {trainer.epoch} epochs and {trainer.steps} steps", flush=True)
         else:
             refuse_to_overwrite(out, others, overwrite)      # another process may have come first
-            for name in RUN_FILES:
+            for name in RUN_FILES if process_rank() == 0 else ():
                 (out / name).unlink(missing_ok=True)
             write_json(out / "config.json", vars(cfg))
-            metrics.touch()
+        check_agreement(trainer)
         if cfg.compile:
             compile_model(model, device)
         train_and_write(trainer, costs, out, damaged)
+
+
+def check_agreement(trainer):
+    """InputError unless all processes begin with the same weights at the same step."""
+    if process_count() > 1:
+        weights = sum(p.detach().double().abs().sum() for p in trainer.model.parameters())
+        own = torch.stack([weights, torch.full_like(weights, trainer.epoch), torch.full_like(weights, trainer.steps)])
+        first = own.clone()
+        dist.broadcast(first, 0)
+        if not first.equal(own):
+            raise InputError(f"process {process_rank()} begins otherwise than process 0: all machines must see the same "
+                             "images and, with --resume, the same --out")
 
 
 def train_and_write(trainer, costs, out, damaged):
@@ -1510,6 +1575,8 @@ def train_and_write(trainer, costs, out, damaged):
 
     def tick(share):
         progress(share)
+        if process_rank():
+            return                                       # the first one saves and ends; then the others cannot go on
         if signals or cfg.checkpoint_every and time.perf_counter() - saved > cfg.checkpoint_every:
             save()
         if signals:
@@ -1518,6 +1585,8 @@ def train_and_write(trainer, costs, out, damaged):
             raise SystemExit(128 + signals[0])
 
     def evaluated():
+        for buffer in model.buffers() if process_count() > 1 else ():      # BatchNorm statistics: the first process's count
+            dist.broadcast(buffer, 0)
         model.calibrate(calibration_batches(data))
         return [{**cost, **accuracy} for cost, accuracy in zip(costs, evaluate(model, data))]
 
@@ -1531,15 +1600,15 @@ def train_and_write(trainer, costs, out, damaged):
                     what = f"the test loss of {sub['name']} after epoch {record['epoch']} is {sub['loss']}"
                     raise diverged(what, cfg)
             record["top1"] = [sub["top1"] for sub in sub_models]
-            metrics = (out / "metrics.jsonl").read_bytes() + (json.dumps(record) + "\n").encode()
-            replace_file(out / "metrics.jsonl", lambda file: file.write(metrics))
+            append_line(out / "metrics.jsonl", json.dumps(record))
             save()
             progress.clear()
             print(f"epoch {record['epoch']:{len(str(cfg.epochs))}}/{cfg.epochs}  lr {record['lr']:.4f}  "
                   f"loss {record['loss']:.4f}  {speed:.0f} images/s  top-1 {smallest} {record['top1'][0]:.2f} %, "
                   f"{largest} {record['top1'][-1]:.2f} %", flush=True)
         sub_models = sub_models or evaluated()           # resumed after the last epoch
-        finish(model, data, cfg, sub_models, out, seconds=round(time.perf_counter() - start, 1))
+        finish(model, data, cfg, sub_models, out, seconds=round(time.perf_counter() - start, 1),
+               processes=process_count())
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -1704,7 +1773,9 @@ def write_program(model, path, about):
 
 
 def refuse_to_overwrite(out, files, overwrite):
-    """InputError when one of the files is in the directory `out`, or `out` is no directory."""
+    """InputError when one of the files is in the directory `out`, or `out` is no directory: for the first process to say."""
+    if process_rank():
+        return
     present = [name for name in files if (out / name).exists()]
     if present and not overwrite:
         raise InputError(f"--out '{out}' already holds {', '.join(present)}: choose another directory"
@@ -1734,9 +1805,18 @@ def write_json(path, content):
     replace_file(path, lambda file: file.write((json.dumps(content, indent=2) + "\n").encode()))
 
 
+def append_line(path, line):
+    """Add a line to a file, in one step."""
+    before = path.read_bytes() if path.exists() else b""
+    replace_file(path, lambda file: file.write(before + (line + "\n").encode()))
+
+
 def replace_file(path, write, keep=None):
     """Let write(binary file) make the new content, get it onto the disk and put it in place in one step: never half a
-    file, whenever the process is killed. keep: a path for what was there before. InputError when the disk is full."""
+    file, whenever the process is killed. keep: a path for what was there before. Only the first of several processes
+    writes. InputError when the disk is full."""
+    if process_rank():
+        return
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -1753,10 +1833,13 @@ def replace_file(path, write, keep=None):
 
 @contextlib.contextmanager
 def locked(out):
-    """Keep the directory for this process; InputError when another one has it. Nothing where the system cannot."""
+    """Keep the directory for this process; InputError when another one has it. Nothing where the system cannot, and
+    for all but the first of several processes that train together."""
     try:
         import fcntl
     except ImportError:
+        fcntl = None
+    if not fcntl or process_rank():
         yield
         return
     descriptor = os.open(out, os.O_RDONLY)
@@ -1827,29 +1910,41 @@ def keep_freed_memory(keep=True):
             pass
 
 
+def run_command(given, defaults):
+    """Do what the given options ask for."""
+    if "report" in given:
+        if len(given) > 1:
+            raise InputError(f"{flag(min(set(given) - {'report'}))} has no meaning with --report")
+        print(report(given["report"]))
+    elif given.pop("benchmark", False):
+        for name in set(given) & {"dataset", "data_dir", "train_size", "val_size", "epochs", "schedule", "out",
+                                  "overwrite", "checkpoint_every"}:
+            raise InputError(f"{flag(name)} has no meaning with --benchmark, which trains on random images")
+        benchmark(settle({"dataset": "cifar10", **given}, defaults))
+    elif "eval" in given:
+        (run_export if "export" in given else run_evaluation)(given)
+    elif set(given) & {"export", "sub_model", "fold_bn"}:
+        raise InputError("--export, --sub-model and --fold-bn need --eval, the checkpoint.pt that holds the sub-model")
+    elif "resume" in given:
+        run_resumed(given, defaults)
+    else:
+        run_training(settle(given, defaults))
+
+
 def main(argv=None):
     """Run the command line; the exit status: 0 = finished, 2 = bad options or input."""
+    rank = int(os.environ.get("RANK", 0))        # set by torchrun
     try:
-        given, defaults = parse(argv)
-        keep_freed_memory()
-        if "report" in given:
-            if len(given) > 1:
-                raise InputError(f"{flag(min(set(given) - {'report'}))} has no meaning with --report")
-            print(report(given["report"]))
-        elif given.pop("benchmark", False):
-            for name in set(given) & {"dataset", "data_dir", "train_size", "val_size", "epochs", "schedule", "out", "overwrite"}:
-                raise InputError(f"{flag(name)} has no meaning with --benchmark, which trains on random images")
-            benchmark(settle({"dataset": "cifar10", **given}, defaults))
-        elif "resume" in given:
-            run_resumed(given, defaults)
-        elif "export" in given and "eval" not in given:
-            raise InputError("--export needs --eval, the checkpoint.pt that holds the sub-model")
-        elif "eval" in given:
-            (run_export if "export" in given else run_evaluation)(given)
-        else:
-            run_training(settle(given, defaults))
+        with contextlib.redirect_stdout(open(os.devnull, "w")) if rank else contextlib.nullcontext():
+            given, defaults = parse(argv)
+            keep_freed_memory()
+            if not set(given) & {"report", "benchmark", "eval"}:
+                join_processes(given.get("device", "auto"))
+            run_command(given, defaults)
+            if process_count() > 1:
+                dist.destroy_process_group()
     except (InputError, OSError) as error:       # OSError: a file or directory that cannot be reached or written
-        print(f"ipkd_ta.py: error: {one_line(error)}", file=sys.stderr)
+        print(f"ipkd_ta.py: error{f' in process {rank}' if rank else ''}: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
