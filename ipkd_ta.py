@@ -871,7 +871,7 @@ def train_step(model, images, labels, cfg, kd_weight, scaler, generator):
 
 def join_processes(device):
     """Join the other processes that torchrun started: by NCCL on CUDA devices, else by gloo. Alone, nothing happens."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if int(os.environ.get("WORLD_SIZE", 1)) > process_count():
         cuda = device.startswith("cuda") or device == "auto" and torch.cuda.is_available()
         dist.init_process_group("nccl" if cuda else "gloo")
 
@@ -886,25 +886,25 @@ def process_rank():
     return dist.get_rank() if process_count() > 1 else 0
 
 
-def sum_over_processes(tensor):
-    """The sum of this tensor over all processes, in place; returns it. SystemExit when one of them is gone."""
+def collectively(operation, *args):
+    """Do an operation of torch.distributed with the other processes, if there are any; ends when one of them is gone."""
     if process_count() > 1:
         try:
-            dist.all_reduce(tensor)
+            operation(*args)
         except RuntimeError as error:
             print(f"ipkd_ta.py: error: another process is gone ({one_line(error)[:100]}); go on with --resume",
                   file=sys.stderr)
             raise SystemExit(1) from error
-    return tensor
 
 
 def merge_gradients(model, loss, share):
     """Replace the gradients and the loss by their sum over all processes, each times the process's share of the batch.
     One message a step: DistributedDataParallel would send one for each pass, and wants all weights in the last one."""
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    flat = sum_over_processes(torch.cat([g.flatten() for g in [*gradients, loss]]) * share)
-    for g, merged in zip([*gradients, loss], flat.split([g.numel() for g in [*gradients, loss]])):
-        g.copy_(merged.view_as(g))
+    parts = [*(p.grad for p in model.parameters() if p.grad is not None), loss]
+    flat = torch.cat([part.flatten() for part in parts]) * share
+    collectively(dist.all_reduce, flat)
+    for part, merged in zip(parts, flat.split([part.numel() for part in parts])):
+        part.copy_(merged.view_as(part))
 
 
 class Trainer:
@@ -958,7 +958,7 @@ class Trainer:
         with torch.compiler.set_stance(graph):
             loss, parts = train_step(self.model, data.normalise(images), labels, cfg, self.kd_weight, self.scaler, self.draws)
         if processes > 1:
-            merge_gradients(self.model, loss[None], share)
+            merge_gradients(self.model, loss, share)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
@@ -1032,7 +1032,8 @@ def evaluate(model, data, split="test"):
         hits = logits.topk(min(5, logits.shape[2])).indices == labels[:, None]             # (K, N, 5)
         loss = -logits.log_softmax(2)[:, torch.arange(len(labels)), labels]                # (K, N)
         totals = totals + torch.stack([hits[:, :, 0].sum(1), hits.any(2).sum(1), loss.sum(1)]).double()
-    means = (sum_over_processes(totals) / len(getattr(data, f"{split}_images"))).T.tolist()
+    collectively(dist.all_reduce, totals)
+    means = (totals / len(getattr(data, f"{split}_images"))).T.tolist()
     return [{"top1": 100 * top1, "top5": 100 * top5, "loss": loss} for top1, top5, loss in means]
 
 
@@ -1501,10 +1502,10 @@ def run_training(cfg, checkpoint=None, damaged=False, others=RUN_FILES):
         build_model(cfg, num_classes=10)             # wrong options are told before any work
     start = time.perf_counter()
     if process_rank():
-        dist.barrier()                           # until the first process has downloaded
+        collectively(dist.barrier)               # until the first process has downloaded
     data = load_data(cfg.dataset, cfg.data_dir, cfg.train_size, cfg.val_size)
-    if process_count() > 1 and process_rank() == 0:
-        dist.barrier()
+    if process_rank() == 0:
+        collectively(dist.barrier)
     data = data.to(device, memory_format(cfg.arch, device))
     seconds, cfg.train_size = time.perf_counter() - start, len(data.train_images)
     torch.manual_seed(cfg.seed)
@@ -1548,7 +1549,7 @@ def check_agreement(trainer):
         weights = sum(p.detach().double().abs().sum() for p in trainer.model.parameters())
         own = torch.stack([weights, torch.full_like(weights, trainer.epoch), torch.full_like(weights, trainer.steps)])
         first = own.clone()
-        dist.broadcast(first, 0)
+        collectively(dist.broadcast, first, 0)
         if not first.equal(own):
             raise InputError(f"process {process_rank()} begins otherwise than process 0: all machines must see the same "
                              "images and, with --resume, the same --out")
@@ -1585,8 +1586,8 @@ def train_and_write(trainer, costs, out, damaged):
             raise SystemExit(128 + signals[0])
 
     def evaluated():
-        for buffer in model.buffers() if process_count() > 1 else ():      # BatchNorm statistics: the first process's count
-            dist.broadcast(buffer, 0)
+        for buffer in model.buffers():           # BatchNorm statistics: those of the first process count
+            collectively(dist.broadcast, buffer, 0)
         model.calibrate(calibration_batches(data))
         return [{**cost, **accuracy} for cost, accuracy in zip(costs, evaluate(model, data))]
 
