@@ -293,8 +293,8 @@ class SlimmableMobileNetV1(nn.Module):
         return [self(x, width) for width in self.widths]
 
     def extract(self, which):
-        """A sub-model as a module of its own, in eval mode: (N, 3, H, W) -> logits (N, num_classes). Holds copies of its
-        own weights and nothing else. which: k = 1 ... K of `widths`, or a width as a float, calibrated if universal."""
+        """A sub-model as a module of its own, in eval mode: (N, 3, H, W) -> logits (N, num_classes). It holds copies of
+        its weights, nothing else. which: k = 1 ... K of `widths`, or a width as a float (if universal: calibrated)."""
         if isinstance(which, int) and not 1 <= which <= len(self.widths):
             raise ValueError(f"k must be a whole number from 1 to {len(self.widths)}, got {which}")
         modules = []
@@ -311,7 +311,7 @@ class SlimmableMobileNetV1(nn.Module):
         classifier.weight.data.copy_(self.classifier.weight.detach()[:, :c_out])
         classifier.bias.data.copy_(self.classifier.bias.detach())
         whole = nn.Sequential(*modules, nn.AdaptiveAvgPool2d(1), nn.Flatten(), classifier).eval()
-        return whole.to(self.classifier.weight)
+        return whole.to(self.classifier.weight).to(memory_format=torch.channels_last)
 
 
 # ====================================================================================================================
@@ -462,9 +462,9 @@ class MSDNet(nn.Module):
         return torch.lerp(x.detach(), x, factor)
 
     def extract(self, k):
-        """Exit k = 1 ... K as a module of its own, in eval mode: (N, 3, 32, 32) -> logits (N, num_classes). Holds copies
-        of what it needs and nothing else, and evaluates lazily (Huang et al., ICLR 2018, section 4): the finer scales
-        that nothing reads any more before the exit are not computed."""
+        """Exit k = 1 ... K as a module of its own, in eval mode: (N, 3, 32, 32) -> logits (N, num_classes). It holds
+        copies of what it needs and nothing else, and evaluates lazily (Huang et al., ICLR 2018): the finer scales that
+        nothing reads any more before the exit are not computed."""
         if k not in range(1, len(self.heads) + 1):
             raise ValueError(f"k must be a whole number from 1 to {len(self.heads)}, got {k!r}")
         parts, needed = [], {-1}                     # scales that are read later: -1 is the coarsest, -2 the next finer
@@ -549,7 +549,7 @@ def fold_bn(model):
 
 @torch.no_grad()
 def early_exit(model, images, thresholds):
-    """Classify images by an MSDNet, each by the first exit that is sure enough; the others alone go on to the next block.
+    """Classify images by an MSDNet, each by the first exit that is sure enough: only the others enter the next block.
 
     Args:
         model: MSDNet in eval mode.
@@ -662,8 +662,8 @@ def load_data(dataset, data_dir, train_size=None, val_size=0):
     available = len(data.train_images)
     wanted = (train_size or max(1, available - val_size)) + val_size
     if wanted > available:
-        raise InputError(f"{wanted} training images were asked for, {val_size} of them for validation, and {dataset} has "
-                         f"{available}")
+        raise InputError(f"{wanted} training images were asked for, {val_size} of them for validation, and {dataset} "
+                         f"has {available}")
     if wanted < available or val_size:
         drawn = torch.randperm(available, generator=torch.Generator().manual_seed(0))
         train, val = drawn[:wanted - val_size], drawn[available - val_size:]
@@ -887,7 +887,7 @@ def process_rank():
 
 
 def collectively(operation, *args):
-    """Do an operation of torch.distributed with the other processes, if there are any; ends when one of them is gone."""
+    """Do an operation of torch.distributed with the other processes, if any; exit when one of them is gone."""
     if process_count() > 1:
         try:
             operation(*args)
@@ -956,7 +956,8 @@ class Trainer:
         whole = len(batch) == min(cfg.batch_size, len(data.train_images))
         graph = "default" if whole else "force_eager"       # no second graph for the last batch
         with torch.compiler.set_stance(graph):
-            loss, parts = train_step(self.model, data.normalise(images), labels, cfg, self.kd_weight, self.scaler, self.draws)
+            loss, parts = train_step(self.model, data.normalise(images), labels, cfg, self.kd_weight, self.scaler,
+                                     self.draws)
         if processes > 1:
             merge_gradients(self.model, loss, share)
         self.scaler.step(self.optimizer)
@@ -1049,8 +1050,8 @@ def all_logits(model, data, split, first=0, stride=1, batch_size=250):
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")
 def budgeted(model, data):
-    """Budgeted batch classification by an MSDNet (Huang et al., ICLR 2018, section 4.2): the test accuracy of early_exit
-    for a sweep of budgets, its thresholds found on the validation images.
+    """Budgeted batch classification by an MSDNet (Huang et al., ICLR 2018, section 4.2): the test accuracy of
+    early_exit for a sweep of budgets, its thresholds found on the validation images.
 
     Returns:
         {"budgets": list of {"q", "macs", "top1", "thresholds", "exits"}: exit k is meant for a share of the images
@@ -1416,10 +1417,10 @@ def build_parser():
     add(g, "--overwrite", False, "replace the run that --out holds", "refuse", action="store_true")
     add(g, "--checkpoint-every", 0, "seconds between checkpoints inside an epoch; 0: at its end alone",
         type=number(float, 0))
-    g.add_argument("--export", metavar="FILE", help="with --eval: write a sub-model as a program of torch.export, or as "
-                   "ONNX if FILE ends with .onnx")
-    g.add_argument("--sub-model", metavar="NAME", help="with --export: which one, exit-3 or width-0.5 for example (default: "
-                   "the largest)")
+    g.add_argument("--export", metavar="FILE", help="with --eval: write a sub-model as a program of torch.export, or "
+                   "as ONNX if FILE ends with .onnx")
+    g.add_argument("--sub-model", metavar="NAME", help="with --export: which one, for example exit-3 or width-0.5 "
+                   "(default: the largest)")
     g.add_argument("--fold-bn", action="store_true", help="with --export: merge BatchNorm into the convolutions")
     modes = g.add_mutually_exclusive_group()
     modes.add_argument("--eval", metavar="CHECKPOINT", help="evaluate a checkpoint.pt instead of training")
@@ -1551,8 +1552,8 @@ def check_agreement(trainer):
         first = own.clone()
         collectively(dist.broadcast, first, 0)
         if not first.equal(own):
-            raise InputError(f"process {process_rank()} begins otherwise than process 0: all machines must see the same "
-                             "images and, with --resume, the same --out")
+            raise InputError(f"process {process_rank()} begins otherwise than process 0: all machines must see the "
+                             "same images and, with --resume, the same --out")
 
 
 def train_and_write(trainer, costs, out, damaged):
@@ -1627,7 +1628,7 @@ def finish(model, data, cfg, sub_models, out=None, **more):
             if out:
                 write_json(out / "budget.json", result)
     if out:
-        versions = {"python": sys.version.split()[0], "torch": torch.__version__, "torchvision": torchvision.__version__}
+        versions = {"python": sys.version.split()[0], **{m.__name__: m.__version__ for m in (torch, torchvision)}}
         write_json(out / "results.json", {"config": vars(cfg), "sub_models": sub_models, "versions": versions, **more})
 
 
@@ -1735,8 +1736,9 @@ def run_export(given):
         raise InputError(f"--sub-model {name}: '{given['eval']}' offers {', '.join(names)}{between}") from error
     if given.get("fold_bn"):
         fold_bn(program)
-    about = {"sub-model": name, "classes": checkpoint["classes"], "input": "float32 (N, 3, 32, 32): (pixel / 255 - mean) / "
-             "std", "mean": checkpoint["mean"].tolist(), "std": checkpoint["std"].tolist()}
+    about = {"sub-model": name, "classes": checkpoint["classes"],
+             "input": "float32 (N, 3, 32, 32): (pixel / 255 - mean) / std", "mean": checkpoint["mean"].tolist(),
+             "std": checkpoint["std"].tolist()}
     write_program(program, path, about)
     params = sum(p.numel() for p in program.parameters())
     print(f"{name}: {params:,} parameters, {path.stat().st_size:,} bytes in {path}; input {about['input']}, "
@@ -1751,8 +1753,8 @@ def write_program(model, path, about):
         try:
             program = torch.onnx.export(program, dynamo=True, verbose=False)
         except ImportError as error:
-            raise InputError(f"--export: '{path.name}' needs the packages onnx and onnxscript ({one_line(error)}): install "
-                             "them, or take another ending for a program of torch.export") from error
+            raise InputError(f"--export: '{path.name}' needs the packages onnx and onnxscript ({one_line(error)}): "
+                             "install them, or take another ending for a program of torch.export") from error
         replace_file(path, lambda file: file.write(program.model_proto.SerializeToString()))
         try:
             import onnxruntime
@@ -1764,7 +1766,7 @@ def write_program(model, path, about):
     else:
         program.example_inputs = None
         for node in program.graph.nodes:
-            node.meta = {k: v for k, v in node.meta.items() if k == "val"}        # no source lines: a third of the graph
+            node.meta = {k: v for k, v in node.meta.items() if k == "val"}    # no source lines: a third of it
         replace_file(path, lambda file: torch.export.save(program, file, extra_files={"about.json": json.dumps(about)}))
         run = torch.export.load(path).module()
     with torch.no_grad():
@@ -1774,7 +1776,7 @@ def write_program(model, path, about):
 
 
 def refuse_to_overwrite(out, files, overwrite):
-    """InputError when one of the files is in the directory `out`, or `out` is no directory: for the first process to say."""
+    """InputError when one of the files is in the directory `out`, or `out` is no directory; the first process tells."""
     if process_rank():
         return
     present = [name for name in files if (out / name).exists()]
