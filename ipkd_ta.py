@@ -23,6 +23,7 @@ import copy
 import ctypes
 import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -37,9 +38,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+import torch.distributed as dist
 import torchvision
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 from torchvision.ops import Conv2dNormActivation
@@ -290,6 +293,27 @@ class SlimmableMobileNetV1(nn.Module):
         """Logits of every sub-model in `widths`, ascending: list of (N, num_classes)."""
         return [self(x, width) for width in self.widths]
 
+    def extract(self, which):
+        """A sub-model as a module of its own, in eval mode: (N, 3, H, W) -> logits (N, num_classes). Holds copies of its
+        own weights and nothing else. which: k = 1 ... K of `widths`, or a width as a float, calibrated if universal."""
+        if isinstance(which, int) and not 1 <= which <= len(self.widths):
+            raise ValueError(f"k must be a whole number from 1 to {len(self.widths)}, got {which}")
+        modules = []
+        for conv, *tensors in self._layers(self.widths[which - 1] if isinstance(which, int) else which, tracked=True):
+            c_out, c_in, kernel, _ = tensors[0].shape
+            groups = c_out if conv.groups > 1 else 1
+            module = Conv2dNormActivation(c_in * groups, c_out, kernel, conv.stride, groups=groups,
+                                          activation_layer=nn.ReLU6)
+            own = (module[0].weight, module[1].running_mean, module[1].running_var, module[1].weight, module[1].bias)
+            for parameter, value in zip(own, tensors):
+                parameter.data.copy_(value.detach())
+            modules.append(module)
+        classifier = nn.Linear(c_out, self.classifier.out_features)
+        classifier.weight.data.copy_(self.classifier.weight.detach()[:, :c_out])
+        classifier.bias.data.copy_(self.classifier.bias.detach())
+        whole = nn.Sequential(*modules, nn.AdaptiveAvgPool2d(1), nn.Flatten(), classifier).eval()
+        return whole.to(self.classifier.weight)
+
 
 # ====================================================================================================================
 # MSDNet: the sub-models are exits
@@ -310,6 +334,8 @@ class MSDNet(nn.Module):
         step, step_mode: layers in each later block: `step` ("even") or step * i + 1 in block i + 1 ("lin_grow").
         channels: n, the channels of the first layer at the finest scale.
         growth: channels that a layer adds at the finest scale.
+        gradient_equilibrium: scale gradients so that block k receives the mean over the exits from k on of what each of
+            them sends, not the sum (Li et al., ICCV 2019, section 3.1): its size does not grow with their number.
     Raises:
         ValueError: an argument that is not a positive integer, or an unknown step_mode.
         TypeError: images that are not floating-point (N, 3, H, W).
@@ -355,8 +381,8 @@ class MSDNet(nn.Module):
         def forward(self, maps):
             out = []
             for s, paths in enumerate(self.paths, start=self.first):
-                new = [path(x) for path, x in zip(paths, maps[max(s - 1, 0): s + 1])]
-                out.append(torch.cat([maps[s], *new], dim=1))
+                new = paths and [path(x) for path, x in zip(paths, maps[max(s - 1, 0): s + 1])]
+                out.append(new and torch.cat([maps[s], *new], dim=1))           # None in an extracted exit: not read
             return out
 
     class Transition(nn.Module):
@@ -367,9 +393,20 @@ class MSDNet(nn.Module):
             self.convs = nn.ModuleList(Conv2dNormActivation(channels * f, channels // 2 * f, 1) for f in factors)
 
         def forward(self, maps):
-            return [conv(x) for conv, x in zip(self.convs, maps)]
+            return [conv and conv(x) for conv, x in zip(self.convs, maps)]
 
-    def __init__(self, num_classes=100, exits=7, base=4, step=2, step_mode="even", channels=16, growth=6):
+    class Exit(nn.Module):
+        """One exit alone: image (N, 3, 32, 32) -> logits (N, C)."""
+
+        def __init__(self, parts, head):
+            super().__init__()
+            self.parts, self.head = nn.Sequential(*parts), head
+
+        def forward(self, x):
+            return self.head(self.parts(x)[-1])
+
+    def __init__(self, num_classes=100, exits=7, base=4, step=2, step_mode="even", channels=16, growth=6,
+                 gradient_equilibrium=False):
         super().__init__()
         sizes = {"num_classes": num_classes, "exits": exits, "base": base, "step": step, "channels": channels,
                  "growth": growth}
@@ -379,6 +416,7 @@ class MSDNet(nn.Module):
         if step_mode not in ("even", "lin_grow"):
             raise ValueError(f"step_mode must be 'even' or 'lin_grow', got {step_mode!r}")
 
+        self.gradient_equilibrium = gradient_equilibrium
         depths = [base] + [step if step_mode == "even" else step * i + 1 for i in range(1, exits)]
         interval = math.ceil(sum(depths) / len(self.FACTORS))      # layers between two scale reductions
         factors, n, layers_before = self.FACTORS, channels, 0
@@ -410,27 +448,68 @@ class MSDNet(nn.Module):
             raise TypeError(f"x must be a floating-point tensor (N, 3, H, W), got {getattr(x, 'dtype', type(x))} "
                             f"{tuple(getattr(x, 'shape', ()))}")
         logits = []
-        for block, head in zip(self.blocks, self.heads):
+        for following, block, head in zip(reversed(range(len(self.heads))), self.blocks, self.heads):
             x = block(x)                                           # maps, finest scale first
-            logits.append(head(x[-1]))
+            read = x[-1]
+            if self.gradient_equilibrium and self.training:
+                read = self.scale_gradient(read, 1 / (following + 1))
+                x = [self.scale_gradient(m, following / (following + 1)) for m in x]
+            logits.append(head(read))
         return logits
+
+    @staticmethod
+    def scale_gradient(x, factor):
+        """x, through which the gradient flows multiplied by factor."""
+        return torch.lerp(x.detach(), x, factor)
+
+    def extract(self, k):
+        """Exit k = 1 ... K as a module of its own, in eval mode: (N, 3, 32, 32) -> logits (N, num_classes). Holds copies
+        of what it needs and nothing else, and evaluates lazily (Huang et al., ICLR 2018, section 4): the finer scales
+        that nothing reads any more before the exit are not computed."""
+        if k not in range(1, len(self.heads) + 1):
+            raise ValueError(f"k must be a whole number from 1 to {len(self.heads)}, got {k!r}")
+        parts, needed = [], {-1}                     # scales that are read later: -1 is the coarsest, -2 the next finer
+        for part in reversed([part for block in self.blocks[:k] for part in block]):
+            part = copy.deepcopy(part)
+            if isinstance(part, self.Layer):
+                part.paths = self.keep(part.paths, needed)
+                needed = needed | {s - 1 for s in needed}
+            elif isinstance(part, self.Transition):
+                part.convs = self.keep(part.convs, needed)
+            parts.insert(0, part)
+        return self.Exit(parts, copy.deepcopy(self.heads[k - 1])).eval()
+
+    @staticmethod
+    def keep(modules, needed):
+        """The modules of the scales that are needed, None in the place of the others."""
+        return nn.ModuleList(m if s - len(modules) in needed else None for s, m in enumerate(modules))
 
     def sub_models(self):
         """The exits, exit 1 first, each with its name, macs and params: what it takes to get the answer of that exit
         and no other (the blocks up to it and its own head), as multiply-accumulates of convolutions and linear layers
         for one 3x32x32 image, and parameters including BatchNorm's gamma and beta."""
-        model, x = copy.deepcopy(self).to("meta").eval(), torch.empty(1, 3, 32, 32, device="meta")      # shapes alone
         subs, blocks_macs, blocks_params = [], 0, 0
-        for k, (block, head) in enumerate(zip(model.blocks, model.heads), start=1):
+        for k, (block, head, macs) in enumerate(zip(self.blocks, self.heads, self._macs()), start=1):
+            blocks_macs += macs[0]
+            blocks_params += sum(p.numel() for p in block.parameters())
+            subs.append(SimpleNamespace(name=f"exit-{k}", macs=blocks_macs + macs[1],
+                                        params=blocks_params + sum(p.numel() for p in head.parameters())))
+        return subs
+
+    def early_exit_macs(self):
+        """MACs until the answer of each exit when all heads on the way are asked, exit 1 first: list of K."""
+        return list(itertools.accumulate(block + head for block, head in self._macs()))
+
+    def _macs(self):
+        """MACs of each block and of its head."""
+        model, x, macs = copy.deepcopy(self).to("meta").eval(), torch.empty(1, 3, 32, 32, device="meta"), []
+        for block, head in zip(model.blocks, model.heads):                                     # shapes alone
             with FlopCounterMode(display=False) as block_flops:
                 x = block(x)
             with FlopCounterMode(display=False) as head_flops:
                 head(x[-1])
-            blocks_macs += block_flops.get_total_flops() // 2
-            blocks_params += sum(p.numel() for p in block.parameters())
-            subs.append(SimpleNamespace(name=f"exit-{k}", macs=blocks_macs + head_flops.get_total_flops() // 2,
-                                        params=blocks_params + sum(p.numel() for p in head.parameters())))
-        return subs
+            macs.append((block_flops.get_total_flops() // 2, head_flops.get_total_flops() // 2))
+        return macs
 
     def training_passes(self, draw_widths):
         """The forward passes of one training step, each as (names, x -> list of logits): one pass gives every exit."""
@@ -442,6 +521,79 @@ class MSDNet(nn.Module):
 
     def calibrate(self, batches):
         """Nothing to do: the BatchNorm statistics are tracked in training."""
+
+
+# ====================================================================================================================
+# Sub-models in use: extraction, early exit
+# ====================================================================================================================
+
+
+def extract(model, which):
+    """A sub-model of either network as a plain nn.Module with its own weights, in eval mode: same logits, no work that
+    they do not need.
+
+    Args:
+        which: k = 1 (smallest) ... K as an int; of a slimmable network also a width as a float. A universal one must
+            have been calibrated at that width.
+    Raises:
+        ValueError: a sub-model that there is not.
+    """
+    return model.extract(which)
+
+
+def fold_bn(model):
+    """Merge every BatchNorm of an extracted sub-model into the convolution before it, in place; returns the model."""
+    for module in [m for m in model.modules() if isinstance(m, Conv2dNormActivation)]:
+        module[0], module[1] = fuse_conv_bn_eval(module[0], module[1]), nn.Identity()
+    return model
+
+
+@torch.no_grad()
+def early_exit(model, images, thresholds):
+    """Classify images by an MSDNet, each by the first exit that is sure enough; the others alone go on to the next block.
+
+    Args:
+        model: MSDNet in eval mode.
+        images: (N, 3, 32, 32), normalised.
+        thresholds: K numbers; an image leaves at the first exit whose largest softmax output is at least its threshold,
+            and at the last in any case.
+    Returns:
+        predictions (N,) int64, and exits (N,) int64: the exit that each image took, 1 ... K.
+    """
+    if model.training or len(thresholds) != len(model.heads):
+        raise ValueError(f"need a model in eval mode and {len(model.heads)} thresholds, got "
+                         f"{'training' if model.training else 'eval'} mode and {len(thresholds)} thresholds")
+    predictions, exits = torch.zeros(2, len(images), dtype=torch.int64, device=images.device)
+    x, left = images, torch.arange(len(images), device=images.device)            # left: whom the rows of x belong to
+    for k, (block, head, threshold) in enumerate(zip(model.blocks, model.heads, thresholds), start=1):
+        x = block(x)
+        confidence, prediction = head(x[-1]).softmax(dim=1).max(dim=1)
+        done = (confidence >= threshold) | (k == len(thresholds))
+        predictions[left[done]], exits[left[done]] = prediction[done], k
+        if done.all():
+            break
+        if done.any():
+            left, x = left[~done], [m[~done] for m in x]
+    return predictions, exits
+
+
+def exit_thresholds(confidence, shares):
+    """Thresholds for early_exit by which given shares of the images leave at each exit (Huang et al., ICLR 2018,
+    section 4.2).
+
+    Args:
+        confidence: (K, N), largest softmax output of each exit on N held-out images.
+        shares: K numbers that sum to 1.
+    Returns:
+        List of K floats, 2 where nobody leaves, the last one 0. Equal confidences leave together, more than asked for.
+    """
+    thresholds, gone = [], torch.zeros(confidence.shape[1], dtype=torch.bool, device=confidence.device)
+    for exit_confidence, share in zip(confidence[:-1], shares):
+        wanted = min(round(share * len(gone)), int((~gone).sum()))
+        surest = exit_confidence.masked_fill(gone, -1).topk(wanted).values
+        thresholds.append(surest[-1].item() if wanted else 2.0)
+        gone |= exit_confidence >= thresholds[-1]
+    return [*thresholds, 0.0]
 
 
 # ====================================================================================================================
@@ -459,22 +611,27 @@ class InputError(Exception):
 
 @dataclass
 class Data:
-    """Images (N, 3, 32, 32) uint8 and labels (N,) int64 of the training and the test split; mean and standard deviation
-    (3,) of each channel, of pixels scaled to [0, 1]."""
+    """Images (N, 3, 32, 32) uint8 and labels (N,) int64 of the training and the test split, and of the validation split
+    held out from the training images; mean and standard deviation (3,) of each channel, of pixels scaled to [0, 1]."""
     train_images: torch.Tensor
     train_labels: torch.Tensor
     test_images: torch.Tensor
     test_labels: torch.Tensor
     classes: list
+    val_images: torch.Tensor = None
+    val_labels: torch.Tensor = None
     mean: torch.Tensor = None
     std: torch.Tensor = None
+    memory_format: torch.memory_format = torch.channels_last
 
-    def to(self, device):
-        return replace(self, **{k: v.to(device) for k, v in vars(self).items() if isinstance(v, torch.Tensor)})
+    def to(self, device, memory_format=torch.channels_last):
+        """On this device, to be normalised into this memory format."""
+        tensors = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
+        return replace(self, **tensors, memory_format=memory_format)
 
     def normalise(self, images):
-        """uint8 (N, 3, H, W) -> float32 of about zero mean and unit variance, in channels-last memory."""
-        x = images.contiguous(memory_format=torch.channels_last)
+        """uint8 (N, 3, H, W) -> float32 of about zero mean and unit variance."""
+        x = images.contiguous(memory_format=self.memory_format)
         return (x / 255 - self.mean.view(1, 3, 1, 1)) / self.std.view(1, 3, 1, 1)
 
 
@@ -490,24 +647,29 @@ def augment(images, generator):
     return torch.where(draw(2).bool().view(n, 1, 1, 1), crops.flip(3), crops)
 
 
-def load_data(dataset, data_dir, train_size=None):
+def load_data(dataset, data_dir, train_size=None, val_size=0):
     """The Data of one of DATASETS, with its mean and std.
 
-    train_size: keep that many training images, drawn once and for all (the same for every seed).
+    train_size: keep that many training images; val_size: hold out that many others of them as validation images. Both
+    are drawn once and for all, the same for every seed.
     Raises InputError when the files are missing, unreadable or too few.
     """
     if dataset == "shapes":
-        data = load_shapes(train_size or SHAPES_TRAIN)
+        data = load_shapes((train_size or SHAPES_TRAIN) + val_size)
     elif dataset == "folder":
         data = load_folder(Path(data_dir))
     else:
         data = load_cifar(dataset, data_dir)
     available = len(data.train_images)
-    if train_size and train_size > available:
-        raise InputError(f"{train_size} training images were asked for, and {dataset} has {available}")
-    if train_size and train_size < available:
-        keep = torch.randperm(available, generator=torch.Generator().manual_seed(0))[:train_size]
-        data = replace(data, train_images=data.train_images[keep], train_labels=data.train_labels[keep])
+    wanted = (train_size or max(1, available - val_size)) + val_size
+    if wanted > available:
+        raise InputError(f"{wanted} training images were asked for, {val_size} of them for validation, and {dataset} has "
+                         f"{available}")
+    if wanted < available or val_size:
+        drawn = torch.randperm(available, generator=torch.Generator().manual_seed(0))
+        train, val = drawn[:wanted - val_size], drawn[available - val_size:]
+        data = replace(data, train_images=data.train_images[train], train_labels=data.train_labels[train],
+                       val_images=data.train_images[val], val_labels=data.train_labels[val])
     mean, std = CIFAR_STATISTICS.get(dataset) or measure_statistics(data.train_images)
     return replace(data, mean=torch.tensor(mean), std=torch.tensor(std))
 
@@ -642,16 +804,17 @@ AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 class Family:
     """A network class and how it is trained unless told otherwise."""
     network: type
+    cpu_format: torch.memory_format      # the faster one on a CPU; a GPU's is channels-last
     schedule: str
     epochs: int
     shapes: dict         # options that differ on the built-in shapes: small networks, briefly trained
 
 
 FAMILIES = {
-    "msdnet": Family(MSDNet, "multistep", 300, dict(
+    "msdnet": Family(MSDNet, torch.contiguous_format, "multistep", 300, dict(
         epochs=3, batch_size=32, schedule="cosine", exits=4, base=1, step=1, step_mode="lin_grow", channels=8,
         growth=4)),
-    "slimmable": Family(SlimmableMobileNetV1, "cosine", 200, dict(
+    "slimmable": Family(SlimmableMobileNetV1, torch.channels_last, "cosine", 200, dict(
         epochs=5, batch_size=16, lr=0.03, widths=(0.125, 0.25, 0.375, 0.5))),
 }
 
@@ -669,6 +832,11 @@ def build_model(cfg, num_classes):
         return network(num_classes, **{name: getattr(cfg, name) for name in model_options(network)})
     except (ValueError, RuntimeError, OverflowError) as error:         # wrong, or too large for any memory
         raise InputError(f"--arch {cfg.arch}: {one_line(error)[:200]}") from error
+
+
+def memory_format(arch, device):
+    """How images and weights of this architecture lie in the memory of this device."""
+    return FAMILIES[arch].cpu_format if device.type == "cpu" else torch.channels_last
 
 
 def lr_factor(schedule, progress):
@@ -700,6 +868,44 @@ def train_step(model, images, labels, cfg, kd_weight, scaler, generator):
         parts.update({name: F.cross_entropy(z.float(), labels) for name, z in zip(names, logits)})
         known = logits + known
     return loss.detach(), parts
+
+
+def join_processes(device):
+    """Join the other processes that torchrun started: by NCCL on CUDA devices, else by gloo. Alone, nothing happens."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > process_count():
+        cuda = device.startswith("cuda") or device == "auto" and torch.cuda.is_available()
+        dist.init_process_group("nccl" if cuda else "gloo")
+
+
+def process_count():
+    """Number of processes that train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def process_rank():
+    """Number of this process among them, from 0, the one that writes."""
+    return dist.get_rank() if process_count() > 1 else 0
+
+
+def collectively(operation, *args):
+    """Do an operation of torch.distributed with the other processes, if there are any; ends when one of them is gone."""
+    if process_count() > 1:
+        try:
+            operation(*args)
+        except RuntimeError as error:
+            print(f"ipkd_ta.py: error: another process is gone ({one_line(error)[:100]}); go on with --resume",
+                  file=sys.stderr)
+            raise SystemExit(1) from error
+
+
+def merge_gradients(model, loss, share):
+    """Replace the gradients and the loss by their sum over all processes, each times the process's share of the batch.
+    One message a step: DistributedDataParallel would send one for each pass, and wants all weights in the last one."""
+    parts = [*(p.grad for p in model.parameters() if p.grad is not None), loss]
+    flat = torch.cat([part.flatten() for part in parts]) * share
+    collectively(dist.all_reduce, flat)
+    for part, merged in zip(parts, flat.split([part.numel() for part in parts])):
+        part.copy_(merged.view_as(part))
 
 
 class Trainer:
@@ -742,12 +948,18 @@ class Trainer:
         self.lr = cfg.lr * lr_factor(cfg.schedule, progress) * ramp(progress, cfg.lr_warmup)
         self.kd_weight = cfg.kd_weight * ramp(progress, cfg.kd_warmup)
         self.optimizer.param_groups[0]["lr"] = self.lr      # of progress alone: no scheduler object
-        images = data.normalise(augment(data.train_images[batch], self.crops))
+        images, labels = augment(data.train_images[batch], self.crops), data.train_labels[batch]
+        processes = process_count()
+        share = 1 / processes
+        if len(batch) >= processes:              # every process draws for the whole batch, and computes its part of it
+            images, labels = images[process_rank()::processes], labels[process_rank()::processes]
+            share = len(labels) / len(batch)
         whole = len(batch) == min(cfg.batch_size, len(data.train_images))
         graph = "default" if whole else "force_eager"       # no second graph for the last batch
         with torch.compiler.set_stance(graph):
-            loss, parts = train_step(self.model, images, data.train_labels[batch], cfg, self.kd_weight, self.scaler,
-                                     self.draws)
+            loss, parts = train_step(self.model, data.normalise(images), labels, cfg, self.kd_weight, self.scaler, self.draws)
+        if processes > 1:
+            merge_gradients(self.model, loss, share)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
@@ -813,18 +1025,58 @@ def compile_model(model, device):
 
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")
-def evaluate(model, data, batch_size=250):
-    """Accuracy of every sub-model on the test images, smallest first, without mixed precision: list of {"top1", "top5"
-    in percent, "loss": mean cross-entropy}."""
-    model.eval()
-    totals = 0
-    for images, labels in zip(data.test_images.split(batch_size), data.test_labels.split(batch_size)):
-        logits = torch.stack(model.all_logits(data.normalise(images)))                     # (K, N, C)
+def evaluate(model, data, split="test"):
+    """Accuracy of every sub-model on the "test" or "val" images, smallest first, without mixed precision: list of
+    {"top1", "top5" in percent, "loss": mean cross-entropy}."""
+    totals = torch.zeros(3, 1, dtype=torch.float64, device=data.mean.device)
+    for logits, labels in all_logits(model, data, split, process_rank(), process_count()):   # (K, N, C), (N,)
         hits = logits.topk(min(5, logits.shape[2])).indices == labels[:, None]             # (K, N, 5)
         loss = -logits.log_softmax(2)[:, torch.arange(len(labels)), labels]                # (K, N)
-        totals += torch.stack([hits[:, :, 0].sum(1), hits.any(2).sum(1), loss.sum(1)]).double()
-    means = (totals / len(data.test_images)).T.tolist()
+        totals = totals + torch.stack([hits[:, :, 0].sum(1), hits.any(2).sum(1), loss.sum(1)]).double()
+    collectively(dist.all_reduce, totals)
+    means = (totals / len(getattr(data, f"{split}_images"))).T.tolist()
     return [{"top1": 100 * top1, "top5": 100 * top5, "loss": loss} for top1, top5, loss in means]
+
+
+def all_logits(model, data, split, first=0, stride=1, batch_size=250):
+    """For each batch of the "test" or "val" images, or of a part of them: logits (K, N, C) of every sub-model, smallest
+    first, and labels."""
+    model.eval()
+    images, labels = (getattr(data, f"{split}_{what}")[first::stride] for what in ("images", "labels"))
+    for batch, batch_labels in zip(images.split(batch_size), labels.split(batch_size)):
+        yield torch.stack(model.all_logits(data.normalise(batch))), batch_labels
+
+
+@torch.no_grad()
+@torch.compiler.set_stance("force_eager")
+def budgeted(model, data):
+    """Budgeted batch classification by an MSDNet (Huang et al., ICLR 2018, section 4.2): the test accuracy of early_exit
+    for a sweep of budgets, its thresholds found on the validation images.
+
+    Returns:
+        {"budgets": list of {"q", "macs", "top1", "thresholds", "exits"}: exit k is meant for a share of the images
+        proportional to q^k and takes the share exits[k - 1]; "anytime": list of {"name", "macs", "top1"}, all images by
+        one exit}. macs: average for one image, all heads up to the exit taken counted; top1 in percent.
+    """
+    answers = {}
+    for split in ("val", "test"):
+        batches = [(*logits.softmax(2).max(2), labels) for logits, labels in all_logits(model, data, split)]
+        answers[split] = (torch.cat([confidence for confidence, _, _ in batches], dim=1),                 # (K, N)
+                          torch.cat([answer == labels for _, answer, labels in batches], dim=1).double())
+    confidence, correct = answers["test"]
+    macs = torch.tensor(model.early_exit_macs(), dtype=torch.float64, device=confidence.device)
+    count, budgets = len(macs), []
+    for q in (i / 10 for i in range(1, 21)):
+        shares = q ** torch.arange(1, count + 1, dtype=torch.float64)
+        thresholds = exit_thresholds(answers["val"][0], (shares / shares.sum()).tolist())
+        sure = confidence >= torch.tensor(thresholds, device=confidence.device)[:, None]
+        exits = sure.int().argmax(dim=0)                                              # (N,), the first that is sure
+        budgets.append({"q": q, "macs": macs[exits].mean().item(),
+                        "top1": 100 * correct.gather(0, exits[None]).mean().item(), "thresholds": thresholds,
+                        "exits": (exits.bincount(minlength=count) / len(exits)).tolist()})
+    anytime = [{"name": f"exit-{k}", "macs": cost, "top1": 100 * share} for k, (cost, share) in
+               enumerate(zip(model.early_exit_macs(), correct.mean(dim=1).tolist()), start=1)]
+    return {"budgets": budgets, "anytime": anytime}
 
 
 def calibration_batches(data, images=2048, batch_size=256):
@@ -840,6 +1092,16 @@ def results_table(sub_models):
     rows += [(s["name"], f"{s['macs'] / 1e6:.2f}", f"{s['params']:,}", f"{s['top1']:.2f}", f"{s['top5']:.2f}",
               f"{s['loss']:.4f}") for s in sub_models]
     return aligned(rows)
+
+
+def budget_table(result):
+    """What `budgeted` returns as aligned text, cheapest first."""
+    rows = [("early exit", "MMACs", "top-1 %", "mean exit")]
+    rows += [(f"q = {b['q']:.1f}", f"{b['macs'] / 1e6:.2f}", f"{b['top1']:.2f}",
+              f"{sum(k * share for k, share in enumerate(b['exits'], start=1)):.2f}") for b in result["budgets"]]
+    rows += [(f"all by {a['name']}", f"{a['macs'] / 1e6:.2f}", f"{a['top1']:.2f}", a["name"][5:])
+             for a in result["anytime"]]
+    return aligned(rows[:1] + sorted(rows[1:], key=lambda row: float(row[1])))
 
 
 def aligned(rows):
@@ -958,11 +1220,12 @@ def benchmark(cfg, rounds=5, repetitions=2):
     torch.manual_seed(cfg.seed)
     images = torch.randint(256, (8 * cfg.batch_size, 3, 32, 32), dtype=torch.uint8)
     half = torch.full((3,), 0.5)
-    data = Data(images, torch.arange(len(images)) % 10, None, None, list(range(10)), half, half).to(device)
+    data = Data(images, torch.arange(len(images)) % 10, None, None, list(range(10)), mean=half, std=half)
+    data = data.to(device, memory_format(cfg.arch, device))
     batch = torch.arange(cfg.batch_size, device=device)
     draws = torch.Generator()
     baseline = usual_steps(build_model(cfg, 10).to(device), data, cfg, draws)
-    trainer = Trainer(build_model(cfg, 10).to(device, memory_format=torch.channels_last), data, cfg)
+    trainer = Trainer(build_model(cfg, 10).to(device, memory_format=data.memory_format), data, cfg)
     contestants = (("baseline", lambda: next(baseline), draws),
                    ("this file", lambda: trainer.step(batch, progress=0.5), trainer.draws))
 
@@ -1104,6 +1367,8 @@ def build_parser():
         metavar="DIR")
     add(g, "--train-size", None, "so many training images, chosen at random", f"all; on shapes {SHAPES_TRAIN}",
         type=count)
+    add(g, "--val-size", 0, "hold out so many other training images, for thresholds of early exits and for choosing "
+        "options", type=number(int, 0, 2**31 - 1), metavar="N")
 
     g = parser.add_argument_group("distillation")
     add(g, "--method", "ipkd-ta", "teacher of a sub-model: none, the largest, or the next larger", choices=METHODS)
@@ -1137,6 +1402,8 @@ def build_parser():
         choices=("even", "lin_grow"))
     add(g, "--channels", own["channels"], "channels of the first layer at the finest scale", type=count)
     add(g, "--growth", own["growth"], "channels that a layer adds at the finest scale", type=count)
+    add(g, "--gradient-equilibrium", own["gradient_equilibrium"], "blocks receive the mean of the gradients that later "
+        "exits send, not the sum", "off", action="store_true")
 
     g, own = parser.add_argument_group("--arch slimmable"), model_options(SlimmableMobileNetV1)
     add(g, "--widths", own["widths"], "width multipliers ascending in (0, 1]: the sub-models; with --eval, which to do",
@@ -1150,6 +1417,11 @@ def build_parser():
     add(g, "--overwrite", False, "replace the run that --out holds", "refuse", action="store_true")
     add(g, "--checkpoint-every", 0, "seconds between checkpoints inside an epoch; 0: at its end alone",
         type=number(float, 0))
+    g.add_argument("--export", metavar="FILE", help="with --eval: write a sub-model as a program of torch.export, or as "
+                   "ONNX if FILE ends with .onnx")
+    g.add_argument("--sub-model", metavar="NAME", help="with --export: which one, exit-3 or width-0.5 for example (default: "
+                   "the largest)")
+    g.add_argument("--fold-bn", action="store_true", help="with --export: merge BatchNorm into the convolutions")
     modes = g.add_mutually_exclusive_group()
     modes.add_argument("--eval", metavar="CHECKPOINT", help="evaluate a checkpoint.pt instead of training")
     modes.add_argument("--resume", action="store_true",
@@ -1194,6 +1466,9 @@ def pick_device(name):
     """torch.device of --device, made sure of."""
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        if device.type == "cuda" and process_count() > 1:
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
         torch.rand(1, generator=torch.Generator(device), device=device)
     except Exception as error:              # unknown, absent, or unable to compute: torch raises many types
         raise InputError(f"--device {name} cannot be used here ({one_line(error)[:200]})") from error
@@ -1212,7 +1487,7 @@ def pick_amp(name, device):
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
-RUN_FILES = ("config.json", "metrics.jsonl", "checkpoint.pt", "checkpoint.previous.pt", "results.json")
+RUN_FILES = ("config.json", "metrics.jsonl", "checkpoint.pt", "checkpoint.previous.pt", "results.json", "budget.json")
 
 
 def run_training(cfg, checkpoint=None, damaged=False, others=RUN_FILES):
@@ -1227,10 +1502,15 @@ def run_training(cfg, checkpoint=None, damaged=False, others=RUN_FILES):
     with torch.device("meta"):
         build_model(cfg, num_classes=10)             # wrong options are told before any work
     start = time.perf_counter()
-    data = load_data(cfg.dataset, cfg.data_dir, cfg.train_size).to(device)
+    if process_rank():
+        collectively(dist.barrier)               # until the first process has downloaded
+    data = load_data(cfg.dataset, cfg.data_dir, cfg.train_size, cfg.val_size)
+    if process_rank() == 0:
+        collectively(dist.barrier)
+    data = data.to(device, memory_format(cfg.arch, device))
     seconds, cfg.train_size = time.perf_counter() - start, len(data.train_images)
     torch.manual_seed(cfg.seed)
-    model = build_model(cfg, len(data.classes)).to(device, memory_format=torch.channels_last)
+    model = build_model(cfg, len(data.classes)).to(device, memory_format=data.memory_format)
     costs = [vars(sub) for sub in model.sub_models()]
     trainer = Trainer(model, data, cfg)
     print(f"{cfg.arch}, {len(costs)} sub-models, {sum(p.numel() for p in model.parameters()):,} parameters; method "
@@ -1255,13 +1535,25 @@ def run_training(cfg, checkpoint=None, damaged=False, others=RUN_FILES):
             print(f"resuming after {trainer.epoch} epochs and {trainer.steps} steps", flush=True)
         else:
             refuse_to_overwrite(out, others, overwrite)      # another process may have come first
-            for name in RUN_FILES:
+            for name in RUN_FILES if process_rank() == 0 else ():
                 (out / name).unlink(missing_ok=True)
             write_json(out / "config.json", vars(cfg))
-            metrics.touch()
+        check_agreement(trainer)
         if cfg.compile:
             compile_model(model, device)
         train_and_write(trainer, costs, out, damaged)
+
+
+def check_agreement(trainer):
+    """InputError unless all processes begin with the same weights at the same step."""
+    if process_count() > 1:
+        weights = sum(p.detach().double().abs().sum() for p in trainer.model.parameters())
+        own = torch.stack([weights, torch.full_like(weights, trainer.epoch), torch.full_like(weights, trainer.steps)])
+        first = own.clone()
+        collectively(dist.broadcast, first, 0)
+        if not first.equal(own):
+            raise InputError(f"process {process_rank()} begins otherwise than process 0: all machines must see the same "
+                             "images and, with --resume, the same --out")
 
 
 def train_and_write(trainer, costs, out, damaged):
@@ -1285,6 +1577,8 @@ def train_and_write(trainer, costs, out, damaged):
 
     def tick(share):
         progress(share)
+        if process_rank():
+            return                                       # the first one saves and ends; then the others cannot go on
         if signals or cfg.checkpoint_every and time.perf_counter() - saved > cfg.checkpoint_every:
             save()
         if signals:
@@ -1293,6 +1587,8 @@ def train_and_write(trainer, costs, out, damaged):
             raise SystemExit(128 + signals[0])
 
     def evaluated():
+        for buffer in model.buffers():           # BatchNorm statistics: those of the first process count
+            collectively(dist.broadcast, buffer, 0)
         model.calibrate(calibration_batches(data))
         return [{**cost, **accuracy} for cost, accuracy in zip(costs, evaluate(model, data))]
 
@@ -1306,19 +1602,34 @@ def train_and_write(trainer, costs, out, damaged):
                     what = f"the test loss of {sub['name']} after epoch {record['epoch']} is {sub['loss']}"
                     raise diverged(what, cfg)
             record["top1"] = [sub["top1"] for sub in sub_models]
-            metrics = (out / "metrics.jsonl").read_bytes() + (json.dumps(record) + "\n").encode()
-            replace_file(out / "metrics.jsonl", lambda file: file.write(metrics))
+            append_line(out / "metrics.jsonl", json.dumps(record))
             save()
             progress.clear()
             print(f"epoch {record['epoch']:{len(str(cfg.epochs))}}/{cfg.epochs}  lr {record['lr']:.4f}  "
                   f"loss {record['loss']:.4f}  {speed:.0f} images/s  top-1 {smallest} {record['top1'][0]:.2f} %, "
                   f"{largest} {record['top1'][-1]:.2f} %", flush=True)
         sub_models = sub_models or evaluated()           # resumed after the last epoch
-        write_results(out, cfg, sub_models, seconds=round(time.perf_counter() - start, 1))
+        finish(model, data, cfg, sub_models, out, seconds=round(time.perf_counter() - start, 1),
+               processes=process_count())
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def finish(model, data, cfg, sub_models, out=None, **more):
+    """Print what came out, and write it into the directory `out` if given: results.json, and budget.json of an MSDNet
+    with validation images."""
     print(results_table(sub_models))
+    if cfg.val_size:
+        more["validation"] = evaluate(model, data, "val")
+        if isinstance(model, MSDNet):
+            result = budgeted(model, data)
+            print(f"\nthresholds from {cfg.val_size:,} validation images:\n{budget_table(result)}")
+            if out:
+                write_json(out / "budget.json", result)
+    if out:
+        versions = {"python": sys.version.split()[0], "torch": torch.__version__, "torchvision": torchvision.__version__}
+        write_json(out / "results.json", {"config": vars(cfg), "sub_models": sub_models, "versions": versions, **more})
 
 
 def run_resumed(given, defaults):
@@ -1356,12 +1667,12 @@ def go_on(out, files, given, defaults):
     run_training(settle({**config, **given}, defaults), checkpoint, damaged)
 
 
-def run_evaluation(given, defaults):
+def run_evaluation(given):
     """Evaluate a checkpoint as its run did; slimmable networks with universal BatchNorm at any --widths."""
     for name in set(given) - {"eval", "data_dir", "device", "widths", "out", "overwrite"}:
         raise InputError(f"{flag(name)} has no meaning with --eval, which takes the options of the checkpoint's run")
     checkpoint = load_checkpoint(Path(given["eval"]))
-    cfg = SimpleNamespace(**{**defaults, **checkpoint["config"]})
+    cfg, model = restore(checkpoint, given["eval"])
     if "widths" in given and cfg.arch != "slimmable":
         raise InputError(f"--widths is an option of --arch slimmable, and '{given['eval']}' holds {cfg.arch}")
     device = pick_device(given.get("device", "auto"))
@@ -1371,27 +1682,102 @@ def run_evaluation(given, defaults):
         refuse_to_overwrite(out, ["config.json"], overwrite=False)               # a run: its results are not these
         refuse_to_overwrite(out, ["results.json"], given.get("overwrite", False))
 
-    data = load_data(cfg.dataset, cfg.data_dir, cfg.train_size)
+    data = load_data(cfg.dataset, cfg.data_dir, cfg.train_size, cfg.val_size)
     if data.classes != checkpoint["classes"]:
         raise InputError(f"the classes of '{cfg.data_dir}' are not those of '{given['eval']}'")
-    data = replace(data, mean=checkpoint["mean"], std=checkpoint["std"]).to(device)
-    model = build_model(cfg, len(data.classes)).to(device, memory_format=torch.channels_last)
+    data = replace(data, mean=checkpoint["mean"], std=checkpoint["std"])
+    data = data.to(device, memory_format(cfg.arch, device))
+    model.to(device, memory_format=data.memory_format)
     try:
-        model.load_state_dict(checkpoint["model"])
         if "widths" in given:
             cfg.widths = model.widths = tuple(sorted(set(given["widths"])))
         model.calibrate(calibration_batches(data))
         sub_models = [{**vars(sub), **accuracy} for sub, accuracy in zip(model.sub_models(), evaluate(model, data))]
-    except (RuntimeError, ValueError) as error:          # weights of another network, widths that it does not offer
+    except ValueError as error:                          # widths that it does not offer
         raise InputError(f"'{given['eval']}': {one_line(error)}") from error
-    print(results_table(sub_models))
     if out:
         make_directory(out)
-        write_results(out, cfg, sub_models, evaluated=given["eval"])
+    finish(model, data, cfg, sub_models, out, evaluated=given["eval"])
+
+
+def restore(checkpoint, path):
+    """The options of a checkpoint's run and its model, on the CPU; InputError when they do not fit."""
+    cfg = SimpleNamespace(**{**build_parser()[1], **checkpoint["config"]})
+    model = build_model(cfg, len(checkpoint["classes"]))
+    try:
+        model.load_state_dict(checkpoint["model"])
+    except RuntimeError as error:
+        raise InputError(f"'{path}': {one_line(error)}") from error
+    return cfg, model
+
+
+def run_export(given):
+    """Write one sub-model of a checkpoint as a program that needs this file no more: of torch.export, or ONNX when the
+    name ends with .onnx."""
+    for name in set(given) - {"eval", "export", "sub_model", "fold_bn", "data_dir", "overwrite"}:
+        raise InputError(f"{flag(name)} has no meaning with --export, which takes the options of the checkpoint's run")
+    path = Path(given["export"])
+    if path.exists() and not given.get("overwrite"):
+        raise InputError(f"--export: '{path}' exists: choose another name, or --overwrite")
+    checkpoint = load_checkpoint(Path(given["eval"]))
+    cfg, model = restore(checkpoint, given["eval"])
+    names = [sub.name for sub in model.eval().sub_models()]
+    name = given.get("sub_model", names[-1])
+    try:
+        which = names.index(name) + 1 if name in names else float(name.removeprefix("width-"))
+        if cfg.arch == "slimmable" and cfg.bn == "universal" and name not in names:      # a width not measured yet
+            data = load_data(cfg.dataset, given.get("data_dir", cfg.data_dir), cfg.train_size, cfg.val_size)
+            data = replace(data, mean=checkpoint["mean"], std=checkpoint["std"])
+            model.calibrate(calibration_batches(data), [which])
+            model.eval()
+        program = extract(model, which)
+    except ValueError as error:
+        between = " and any width between" if vars(cfg).get("bn") == "universal" and cfg.arch == "slimmable" else ""
+        raise InputError(f"--sub-model {name}: '{given['eval']}' offers {', '.join(names)}{between}") from error
+    if given.get("fold_bn"):
+        fold_bn(program)
+    about = {"sub-model": name, "classes": checkpoint["classes"], "input": "float32 (N, 3, 32, 32): (pixel / 255 - mean) / "
+             "std", "mean": checkpoint["mean"].tolist(), "std": checkpoint["std"].tolist()}
+    write_program(program, path, about)
+    params = sum(p.numel() for p in program.parameters())
+    print(f"{name}: {params:,} parameters, {path.stat().st_size:,} bytes in {path}; input {about['input']}, "
+          f"mean {' '.join(f'{m:.4f}' for m in about['mean'])}, std {' '.join(f'{s:.4f}' for s in about['std'])}")
+
+
+def write_program(model, path, about):
+    """Export a model for images (N, 3, 32, 32) of any N, and see that what was written gives the same logits."""
+    images, batch = torch.randn(5, 3, 32, 32), torch.export.Dim("batch")
+    program = torch.export.export(model, (images[:2],), dynamic_shapes=({0: batch},))
+    if path.suffix == ".onnx":
+        try:
+            program = torch.onnx.export(program, dynamo=True, verbose=False)
+        except ImportError as error:
+            raise InputError(f"--export: '{path.name}' needs the packages onnx and onnxscript ({one_line(error)}): install "
+                             "them, or take another ending for a program of torch.export") from error
+        replace_file(path, lambda file: file.write(program.model_proto.SerializeToString()))
+        try:
+            import onnxruntime
+        except ImportError:
+            print("onnxruntime is not installed: the file was not run")
+            return
+        session = onnxruntime.InferenceSession(str(path))
+        run = lambda x: torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+    else:
+        program.example_inputs = None
+        for node in program.graph.nodes:
+            node.meta = {k: v for k, v in node.meta.items() if k == "val"}        # no source lines: a third of the graph
+        replace_file(path, lambda file: torch.export.save(program, file, extra_files={"about.json": json.dumps(about)}))
+        run = torch.export.load(path).module()
+    with torch.no_grad():
+        difference = max((run(x) - model(x)).abs().max().item() for x in (images[:1], images))
+    if not difference < 1e-4:
+        raise InputError(f"'{path}' gives logits that differ by {difference:.1e}: do not use it")
 
 
 def refuse_to_overwrite(out, files, overwrite):
-    """InputError when one of the files is in the directory `out`, or `out` is no directory."""
+    """InputError when one of the files is in the directory `out`, or `out` is no directory: for the first process to say."""
+    if process_rank():
+        return
     present = [name for name in files if (out / name).exists()]
     if present and not overwrite:
         raise InputError(f"--out '{out}' already holds {', '.join(present)}: choose another directory"
@@ -1416,20 +1802,23 @@ def free_name(path):
     return path if n == 1 else f"{path}-{n}"
 
 
-def write_results(out, cfg, sub_models, **more):
-    """Write out/results.json."""
-    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "torchvision": torchvision.__version__}
-    write_json(out / "results.json", {"config": vars(cfg), "sub_models": sub_models, "versions": versions, **more})
-
-
 def write_json(path, content):
     """Write JSON in one step."""
     replace_file(path, lambda file: file.write((json.dumps(content, indent=2) + "\n").encode()))
 
 
+def append_line(path, line):
+    """Add a line to a file, in one step."""
+    before = path.read_bytes() if path.exists() else b""
+    replace_file(path, lambda file: file.write(before + (line + "\n").encode()))
+
+
 def replace_file(path, write, keep=None):
     """Let write(binary file) make the new content, get it onto the disk and put it in place in one step: never half a
-    file, whenever the process is killed. keep: a path for what was there before. InputError when the disk is full."""
+    file, whenever the process is killed. keep: a path for what was there before. Only the first of several processes
+    writes. InputError when the disk is full."""
+    if process_rank():
+        return
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -1446,10 +1835,13 @@ def replace_file(path, write, keep=None):
 
 @contextlib.contextmanager
 def locked(out):
-    """Keep the directory for this process; InputError when another one has it. Nothing where the system cannot."""
+    """Keep the directory for this process; InputError when another one has it. Nothing where the system cannot, and
+    for all but the first of several processes that train together."""
     try:
         import fcntl
     except ImportError:
+        fcntl = None
+    if not fcntl or process_rank():
         yield
         return
     descriptor = os.open(out, os.O_RDONLY)
@@ -1521,27 +1913,41 @@ def keep_freed_memory(keep=True):
             pass
 
 
+def run_command(given, defaults):
+    """Do what the given options ask for."""
+    if "report" in given:
+        if len(given) > 1:
+            raise InputError(f"{flag(min(set(given) - {'report'}))} has no meaning with --report")
+        print(report(given["report"]))
+    elif given.pop("benchmark", False):
+        for name in set(given) & {"dataset", "data_dir", "train_size", "val_size", "epochs", "schedule", "out",
+                                  "overwrite", "checkpoint_every"}:
+            raise InputError(f"{flag(name)} has no meaning with --benchmark, which trains on random images")
+        benchmark(settle({"dataset": "cifar10", **given}, defaults))
+    elif "eval" in given:
+        (run_export if "export" in given else run_evaluation)(given)
+    elif set(given) & {"export", "sub_model", "fold_bn"}:
+        raise InputError("--export, --sub-model and --fold-bn need --eval, the checkpoint.pt that holds the sub-model")
+    elif "resume" in given:
+        run_resumed(given, defaults)
+    else:
+        run_training(settle(given, defaults))
+
+
 def main(argv=None):
     """Run the command line; the exit status: 0 = finished, 2 = bad options or input."""
+    rank = int(os.environ.get("RANK", 0))        # set by torchrun
     try:
-        given, defaults = parse(argv)
-        keep_freed_memory()
-        if "report" in given:
-            if len(given) > 1:
-                raise InputError(f"{flag(min(set(given) - {'report'}))} has no meaning with --report")
-            print(report(given["report"]))
-        elif given.pop("benchmark", False):
-            for name in set(given) & {"dataset", "data_dir", "train_size", "epochs", "schedule", "out", "overwrite"}:
-                raise InputError(f"{flag(name)} has no meaning with --benchmark, which trains on random images")
-            benchmark(settle({"dataset": "cifar10", **given}, defaults))
-        elif "resume" in given:
-            run_resumed(given, defaults)
-        elif "eval" in given:
-            run_evaluation(given, defaults)
-        else:
-            run_training(settle(given, defaults))
+        with contextlib.redirect_stdout(open(os.devnull, "w")) if rank else contextlib.nullcontext():
+            given, defaults = parse(argv)
+            keep_freed_memory()
+            if not set(given) & {"report", "benchmark", "eval"}:
+                join_processes(given.get("device", "auto"))
+            run_command(given, defaults)
+            if process_count() > 1:
+                dist.destroy_process_group()
     except (InputError, OSError) as error:       # OSError: a file or directory that cannot be reached or written
-        print(f"ipkd_ta.py: error: {one_line(error)}", file=sys.stderr)
+        print(f"ipkd_ta.py: error{f' in process {rank}' if rank else ''}: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

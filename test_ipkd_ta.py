@@ -6,6 +6,7 @@ Set IPKD_TA_IMAGES to a directory with train/<class>/* and test/<class>/* to run
 IPKD_TA_KILLS=200 or IPKD_TA_FUZZ=10000 to kill more processes or damage more files than the usual few.
 """
 import hashlib
+import importlib.util
 import inspect
 import json
 import math
@@ -29,6 +30,7 @@ import torchvision
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.datasets.folder import default_loader
 from torchvision.transforms import v2
 
@@ -1568,3 +1570,299 @@ def test_calibration_keeps_the_number_format_of_the_model():
     model = tiny_model("universal").double()
     model.calibrate([torch.randn(4, 3, 32, 32, dtype=torch.float64)])
     assert model.eval()(torch.randn(2, 3, 32, 32, dtype=torch.float64), 0.1).dtype == torch.float64
+
+
+# ------------------------------------------------------------------------------------------------ sub-models in use
+
+
+def brief_msdnet(exits=7, **options):
+    """A small MSDNet in eval mode whose BatchNorm statistics are those of some images."""
+    torch.manual_seed(0)
+    model = MSDNet(10, exits=exits, channels=4, growth=2, **options)
+    for _ in range(3):
+        model(torch.randn(8, 3, 32, 32))
+    return model.eval()
+
+
+def images_of(n):
+    return torch.randn(n, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("k", range(1, 8))
+def test_an_extracted_exit_gives_the_same_logits_with_every_batchnorm_folded_too(k):
+    model, x = brief_msdnet(), images_of(5)
+    torch.testing.assert_close(ipkd_ta.extract(model, k)(x), model(x)[k - 1], rtol=1e-5, atol=1e-5)
+    folded = ipkd_ta.fold_bn(ipkd_ta.extract(model, k))
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
+    torch.testing.assert_close(folded(x), model(x)[k - 1], rtol=1e-4, atol=1e-4)
+
+
+def test_lazy_evaluation_saves_macs_at_every_exit_from_which_a_finer_scale_is_left_over():
+    model, macs = MSDNet(100), []
+    for k in range(1, 8):
+        with FlopCounterMode(display=False) as counter:
+            ipkd_ta.extract(model, k)(torch.zeros(1, 3, 32, 32))
+        macs.append(counter.get_total_flops() // 2)
+    alone = [sub.macs for sub in model.sub_models()]
+    assert all(lazy < whole for lazy, whole in zip(macs[:5], alone)) and macs[5:] == alone[5:]     # one scale at 6 and 7
+
+
+@pytest.mark.parametrize("k", range(1, 8))
+def test_every_weight_of_an_extracted_exit_takes_part_in_its_answer(k):
+    exit_k = ipkd_ta.extract(brief_msdnet(), k)
+    for parameter in exit_k.parameters():
+        parameter.requires_grad_()
+    exit_k(images_of(8)).square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in exit_k.parameters())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bn, which, width", [("universal", 1, 0.05), ("universal", 3, 0.15), ("universal", 0.12, 0.12), ("switchable", 2, 0.1),
+                                              ("switchable", 0.15, 0.15)])
+def test_an_extracted_width_gives_the_same_logits_from_its_own_weights_alone(bn, which, width):
+    model, x = tiny_model(bn), images_of(5)
+    model([model(x, w) for w in (0.05, 0.1, 0.15)] and x, width)                   # statistics other than 0 and 1
+    model.calibrate([images_of(9)], [width])
+    extracted, expected = ipkd_ta.extract(model.eval(), which), model(x, width)
+    torch.testing.assert_close(extracted(x), expected, rtol=1e-5, atol=1e-5)
+    model.widths = (width,)
+    assert sum(p.numel() for p in extracted.parameters()) == model.sub_models()[0].params
+    torch.testing.assert_close(ipkd_ta.fold_bn(extracted)(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_extraction_leaves_the_model_as_it_was():
+    model = brief_msdnet(3)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    extracted = ipkd_ta.fold_bn(ipkd_ta.extract(model, 2))
+    for parameter in extracted.parameters():
+        parameter.data.zero_()
+    assert all(value.equal(before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("model, which", [("msdnet", 0), ("msdnet", 4), ("msdnet", 1.5), ("universal", 0), ("universal", 4), ("universal", 0.9),
+                                          ("universal", 0.1), ("switchable", 0.12)])
+def test_a_sub_model_that_there_is_not_is_refused(model, which):
+    with pytest.raises(ValueError, match="k must be|width"):
+        ipkd_ta.extract(tiny_model(model), which)
+
+
+def offline(model, images, thresholds):
+    """Prediction and exit of each image, all exits computed for all images."""
+    confidence, predictions = torch.stack(model(images)).softmax(2).max(2)
+    exits = [next(k for k, pair in enumerate(zip(image, thresholds)) if pair[0] >= pair[1]) for image in confidence.T.tolist()]
+    return torch.stack([predictions[k, i] for i, k in enumerate(exits)]), torch.tensor(exits) + 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shares", [[0, 0, 0, 1], [1, 0, 0, 0], [0.25, 0.25, 0.25, 0.25], [0.5, 0, 0.25, 0.25]])
+def test_early_exit_equals_the_offline_result_and_computes_no_more_than_it_needs(shares):
+    model, images, seen = brief_msdnet(4), images_of(64), []
+    thresholds = ipkd_ta.exit_thresholds(torch.stack(model(images)).softmax(2).amax(2), shares)
+    predictions, exits = offline(model, images, thresholds)
+    assert [(exits == k).sum().item() / 64 for k in range(1, 5)] == shares
+    for block in model.blocks:
+        block.register_forward_hook(lambda module, args, out: seen.append(len(out[0])))
+    found, taken = ipkd_ta.early_exit(model, images, thresholds)
+    assert found.equal(predictions) and taken.equal(exits)
+    assert seen == [n for n in ((exits >= k).sum().item() for k in range(1, 5)) if n]
+
+
+def test_early_exit_refuses_a_model_in_training_and_a_wrong_number_of_thresholds():
+    with pytest.raises(ValueError, match="training mode"):
+        ipkd_ta.early_exit(brief_msdnet(2).train(), images_of(1), [0, 0])
+    with pytest.raises(ValueError, match="2 thresholds, got eval mode and 1"):
+        ipkd_ta.early_exit(brief_msdnet(2), images_of(1), [0])
+
+
+def test_thresholds_let_the_wanted_shares_leave_the_surest_first():
+    confidence = torch.rand(3, 1000, generator=torch.Generator().manual_seed(0))
+    first, second, last = ipkd_ta.exit_thresholds(confidence, [0.5, 0.3, 0.2])
+    gone = confidence[0] >= first
+    assert gone.sum() == 500 and first == confidence[0].sort().values[500].item()
+    assert (confidence[1][~gone] >= second).sum() == 300 and last == 0
+    assert ipkd_ta.exit_thresholds(confidence, [0, 0, 1]) == [2, 2, 0]
+
+
+def test_budgets_use_validation_thresholds_and_count_all_heads_on_the_way(tmp_path):
+    model, data = brief_msdnet(3), ipkd_ta.load_data("shapes", None, 40, val_size=100)
+    result = ipkd_ta.budgeted(model, data)
+    blocks, heads, x = [], [], torch.zeros(1, 3, 32, 32)
+    for block, head in zip(model.blocks, model.heads):
+        with FlopCounterMode(display=False) as counter:
+            x = block(x)
+        blocks.append(counter.get_total_flops() // 2)
+        with FlopCounterMode(display=False) as counter:
+            head(x[-1])
+        heads.append(counter.get_total_flops() // 2)
+    cost = torch.tensor([sum(blocks[:k]) + sum(heads[:k]) for k in (1, 2, 3)]).double()
+    assert [a["macs"] for a in result["anytime"]] == cost.tolist()
+    with torch.no_grad():
+        confidence = torch.stack(model(data.normalise(data.val_images))).softmax(2).amax(2)
+        for budget in result["budgets"][::6]:
+            share = torch.tensor([budget["q"] ** k for k in (1, 2, 3)])
+            assert budget["thresholds"] == pytest.approx(ipkd_ta.exit_thresholds(confidence, (share / share.sum()).tolist()), rel=1e-5)
+            answers, exits = ipkd_ta.early_exit(model, data.normalise(data.test_images), budget["thresholds"])
+            assert budget["top1"] == pytest.approx(100 * (answers == data.test_labels).double().mean().item())
+            assert budget["macs"] == pytest.approx(cost[exits - 1].mean().item())
+            assert budget["exits"] == pytest.approx([(exits == k).double().mean().item() for k in (1, 2, 3)])
+
+
+def test_validation_images_are_held_out_from_training_and_the_same_at_every_size(tmp_path):
+    folder = write_images(tmp_path, n=30)
+    whole = ipkd_ta.load_data("folder", folder)
+    n = len(whole.train_images)
+    data = ipkd_ta.load_data("folder", folder, val_size=20)
+    fewer = ipkd_ta.load_data("folder", folder, 30, 20)
+    as_set = lambda images: {image.numpy().tobytes() for image in images}
+    assert len(data.train_images) == n - 20 and len(fewer.train_images) == 30
+    assert as_set(data.train_images) | as_set(data.val_images) == as_set(whole.train_images) and len(as_set(data.val_images)) == 20
+    assert data.val_images.equal(fewer.val_images) and as_set(fewer.train_images) < as_set(data.train_images)
+    assert data.test_images.equal(whole.test_images)
+    with pytest.raises(InputError, match=f"{n + 1} training images"):
+        ipkd_ta.load_data("folder", folder, n - 19, 20)
+
+
+def test_a_run_with_validation_images_writes_its_budgets_and_eval_repeats_them(tmp_path, capsys):
+    assert run(*TINY["msdnet"], *QUICK, "--val-size", 30, "--out", tmp_path / "run") == 0
+    budgets = json.loads((tmp_path / "run/budget.json").read_text())
+    assert len(results(tmp_path / "run")["validation"]) == 3 and len(budgets["anytime"]) == 3
+    assert "thresholds from 30 validation images" in capsys.readouterr().out
+    assert run("--eval", tmp_path / "run/checkpoint.pt", "--out", tmp_path / "again") == 0
+    assert json.loads((tmp_path / "again/budget.json").read_text()) == budgets
+
+
+def test_gradient_equilibrium_gives_each_block_the_mean_of_what_the_exits_from_it_on_send():
+    x, heads = images_of(4), 4
+    torch.manual_seed(0)
+    plain = MSDNet(10, exits=heads, channels=4, growth=2).double()
+    torch.manual_seed(0)
+    balanced = MSDNet(10, exits=heads, channels=4, growth=2, gradient_equilibrium=True).double()
+    maps = {}
+    for k, block in enumerate(plain.blocks):
+        block.register_forward_hook(lambda module, args, out, k=k: maps.update({k: out}))
+    losses = [z.square().sum() for z in plain(x.double())]
+    logits = balanced(x.double())
+    assert all(z.square().sum().equal(loss) for z, loss in zip(logits, losses))             # the answers stay as they are
+    sum(z.square().sum() for z in logits).backward()
+    for k in range(heads):
+        weight = f"blocks.{k}.{'0.convs.0.0' if k == 0 else '0.paths.0.0.0.0'}.weight"
+        sent = [torch.autograd.grad(loss, plain.get_parameter(weight), retain_graph=True)[0] for loss in losses[k:]]
+        torch.testing.assert_close(balanced.get_parameter(weight).grad, sum(sent) / len(sent), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name, sub_model, options", [("msdnet", "exit-2", ["--fold-bn"]), ("slimmable", "width-0.12", []), ("switchable", "width-0.1", [])])
+def test_an_exported_program_runs_without_this_project_and_gives_the_same_logits(name, sub_model, options, trained, tmp_path):
+    checkpoint = ipkd_ta.load_checkpoint(trained / name / "checkpoint.pt")
+    _, model = ipkd_ta.restore(checkpoint, "")
+    x, which = images_of(3), int(sub_model[-1]) if name == "msdnet" else float(sub_model[6:])
+    if name == "slimmable":
+        data = ipkd_ta.load_data("shapes", None, 40)
+        model.calibrate(ipkd_ta.calibration_batches(data), [which])
+    with torch.no_grad():
+        torch.save((x, ipkd_ta.extract(model.eval(), which)(x)), tmp_path / "expected.pt")
+    assert run("--eval", trained / name / "checkpoint.pt", "--export", tmp_path / "a.pt2", "--sub-model", sub_model, *options) == 0
+    program = ("import torch, sys, json; x, z = torch.load('expected.pt'); about = {'about.json': ''}; "
+               "run = torch.export.load('a.pt2', extra_files=about).module(); "
+               "assert max((run(x[:n]) - z[:n]).abs().max() for n in (1, 3)) < 1e-4 and 'ipkd_ta' not in sys.modules; "
+               "print(json.loads(about['about.json'])['sub-model'])")
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.strip() == sub_model, done.stderr
+
+
+def test_export_to_onnx_gives_the_same_logits_or_says_what_is_missing(trained, tmp_path, capfd, monkeypatch):
+    options = ["--eval", trained / "msdnet" / "checkpoint.pt", "--sub-model", "exit-1", "--export"]
+    if importlib.util.find_spec("onnxscript"):
+        assert run(*options, tmp_path / "a.onnx") == 0 and (tmp_path / "a.onnx").stat().st_size > 10_000
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    assert run(*options, tmp_path / "b.onnx") == 2
+    assert re.fullmatch(r"ipkd_ta.py: error: --export: 'b.onnx' needs the packages onnx and onnxscript .*\n", capfd.readouterr().err)
+    assert not (tmp_path / "b.onnx").exists()
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--sub-model", "exit-9"], "--sub-model exit-9: .* offers exit-1, exit-2, exit-3"),
+    (["--sub-model", "exit-1", "--epochs", "3"], "--epochs has no meaning with --export")])
+def test_export_names_what_it_cannot_do(options, message, trained, tmp_path, capfd):
+    assert run("--eval", trained / "msdnet" / "checkpoint.pt", "--export", tmp_path / "a.pt2", *options) == 2
+    assert re.search(message, capfd.readouterr().err) and not list(tmp_path.iterdir())
+
+
+def test_export_needs_a_checkpoint_and_replaces_no_file_unasked(trained, tmp_path, capfd):
+    assert run("--export", tmp_path / "a.pt2") == 2 and "need --eval" in capfd.readouterr().err
+    (tmp_path / "a.pt2").write_text("mine")
+    assert run("--eval", trained / "msdnet" / "checkpoint.pt", "--export", tmp_path / "a.pt2") == 2
+    assert (tmp_path / "a.pt2").read_text() == "mine"
+
+
+# -------------------------------------------------------------------------------------------------------- many processes
+
+TOGETHER = """
+import os, signal, sys, torch, ipkd_ta, test_ipkd_ta as tests
+ipkd_ta.SHAPES_TEST, out = 50, sys.argv[1]
+if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    ipkd_ta.join_processes("cpu")
+found = {arch: tests.weights_after_some_steps(arch) for arch in ("msdnet", "universal", "switchable")}
+found["evaluation"] = ipkd_ta.evaluate(tests.brief_msdnet(2), ipkd_ta.load_data("shapes", None, 40))
+if ipkd_ta.process_rank() == 0:
+    torch.save(found, out + "/found.pt")
+steps = []
+def step(self, *args):
+    if len(steps) == 7 and ipkd_ta.process_rank() == 1:      # in the third epoch of 3 steps each
+        os.kill(os.getpid(), signal.SIGKILL)
+    steps.append(0)
+    return usual_step(self, *args)
+usual_step, ipkd_ta.Trainer.step = ipkd_ta.Trainer.step, step
+sys.exit(ipkd_ta.main([*tests.TINY["msdnet"], *tests.LONG, "--out", out + "/run"]))
+"""
+
+
+def weights_after_some_steps(arch):
+    """Weights after steps on batches of 8, 7 and 1 images, with BatchNorm by fixed statistics."""
+    data, model = ipkd_ta.load_data("shapes", None, 40), tiny_model(arch)
+    cfg = SimpleNamespace(seed=0, lr=0.001, schedule="linear", lr_warmup=0, kd_weight=0.5, kd_warmup=0, temperature=2.0, method="ipkd-ta", amp="off",
+                          batch_size=8)
+    if arch == "universal":
+        draws = torch.Generator().manual_seed(0)
+        model.calibrate([images_of(8)], {w for _ in range(3) for w in sandwich_widths(4, 0.05, 0.15, draws)})
+    trainer = ipkd_ta.Trainer(model.eval(), data, cfg)
+    for batch in torch.arange(16).split([8, 7, 1]):
+        trainer.step(batch, 0.0)
+    return {name: value for name, value in model.state_dict().items()}
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """What two processes found by TOGETHER, the second of which died in the end, and their stderr."""
+    root = tmp_path_factory.mktemp("together")
+    (root / "together.py").write_text(TOGETHER)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", root / "together.py", root]
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=200,
+                          env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"})
+    assert (root / "found.pt").exists(), done.stderr
+    return root, done
+
+
+@pytest.mark.parametrize("arch", ["msdnet", "universal", "switchable"])
+def test_two_processes_reach_the_weights_of_one(arch, two_processes):
+    found = torch.load(two_processes[0] / "found.pt")[arch]
+    start = tiny_model(arch).state_dict()
+    for name, value in weights_after_some_steps(arch).items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
+    assert not any(found[name].equal(value) for name, value in start.items() if name.endswith("weight"))
+
+
+def test_two_processes_share_the_evaluation(two_processes):
+    whole = ipkd_ta.evaluate(brief_msdnet(2), ipkd_ta.load_data("shapes", None, 40))
+    for sub, expected in zip(torch.load(two_processes[0] / "found.pt")["evaluation"], whole):
+        assert sub == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_death_of_a_process_ends_the_run_and_one_process_alone_resumes_it(two_processes, tmp_path, capsys):
+    root, done = two_processes
+    assert done.returncode != 0 and "another process is gone" in done.stderr and not (root / "run/results.json").exists()
+    run_directory = shutil.copytree(root / "run", tmp_path / "run")
+    assert run("--resume", "--out", run_directory) == 0
+    assert "resuming after 2 epochs" in capsys.readouterr().out
+    assert results(run_directory)["processes"] == 1
+
