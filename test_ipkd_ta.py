@@ -1469,6 +1469,15 @@ def test_a_damaged_checkpoint_is_refused_or_gives_the_same_content(tmp_path):
     assert accepted < FUZZ / 2
 
 
+def test_a_checkpoint_whose_parts_are_marked_as_directories_gives_the_same_content(trained, tmp_path):
+    good = trained / "slimmable" / "checkpoint.pt"                  # torch.load itself returns unset memory for such parts
+    content = bytearray(good.read_bytes())
+    for entry in re.finditer(b"PK\x01\x02", content):
+        content[entry.start() + 38] |= 0x10
+    (tmp_path / "checkpoint.pt").write_bytes(content)
+    assert same(ipkd_ta.load_checkpoint(tmp_path / "checkpoint.pt"), ipkd_ta.load_checkpoint(good))
+
+
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
 def test_a_damaged_cifar_is_refused(name, tmp_path, monkeypatch):
     *_, cls = write_cifar(tmp_path, name, monkeypatch)
