@@ -618,10 +618,10 @@ class Data:
     test_images: torch.Tensor
     test_labels: torch.Tensor
     classes: list
-    val_images: torch.Tensor = None
-    val_labels: torch.Tensor = None
     mean: torch.Tensor = None
     std: torch.Tensor = None
+    val_images: torch.Tensor = None
+    val_labels: torch.Tensor = None
     memory_format: torch.memory_format = torch.channels_last
 
     def to(self, device, memory_format=torch.channels_last):
@@ -663,8 +663,8 @@ def load_data(dataset, data_dir, train_size=None, val_size=0):
     available = len(data.train_images)
     wanted = (train_size or max(1, available - val_size)) + val_size
     if wanted > available:
-        raise InputError(f"{wanted} training images were asked for, {val_size} of them for validation, and {dataset} "
-                         f"has {available}")
+        raise InputError(f"{wanted} training images were asked for{', --val-size included' if val_size else ''}, and "
+                         f"{dataset} has {available}")
     if wanted < available or val_size:
         drawn = torch.randperm(available, generator=torch.Generator().manual_seed(0))
         train, val = drawn[:wanted - val_size], drawn[available - val_size:]
@@ -1026,20 +1026,21 @@ def compile_model(model, device):
 
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")
-def evaluate(model, data, split="test"):
+def evaluate(model, data, split="test", batch_size=250):
     """Accuracy of every sub-model on the "test" or "val" images, smallest first, without mixed precision: list of
     {"top1", "top5" in percent, "loss": mean cross-entropy}."""
-    totals = torch.zeros(3, 1, dtype=torch.float64, device=data.mean.device)
-    for logits, labels in all_logits(model, data, split, process_rank(), process_count()):   # (K, N, C), (N,)
+    count = len(getattr(data, f"{split}_images"))
+    totals = torch.zeros(3, 1, dtype=torch.float64, device=getattr(data, f"{split}_labels").device)
+    for logits, labels in all_logits(model, data, split, batch_size, process_rank(), process_count()):   # (K, N, C), (N,)
         hits = logits.topk(min(5, logits.shape[2])).indices == labels[:, None]             # (K, N, 5)
         loss = -logits.log_softmax(2)[:, torch.arange(len(labels)), labels]                # (K, N)
         totals = totals + torch.stack([hits[:, :, 0].sum(1), hits.any(2).sum(1), loss.sum(1)]).double()
     collectively(dist.all_reduce, totals)
-    means = (totals / len(getattr(data, f"{split}_images"))).T.tolist()
+    means = (totals / count).T.tolist()
     return [{"top1": 100 * top1, "top5": 100 * top5, "loss": loss} for top1, top5, loss in means]
 
 
-def all_logits(model, data, split, first=0, stride=1, batch_size=250):
+def all_logits(model, data, split, batch_size=250, first=0, stride=1):
     """For each batch of the "test" or "val" images, or of a part of them: logits (K, N, C) of every sub-model, smallest
     first, and labels."""
     model.eval()
