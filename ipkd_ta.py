@@ -1031,7 +1031,7 @@ def evaluate(model, data, split="test", batch_size=250):
     {"top1", "top5" in percent, "loss": mean cross-entropy}."""
     count = len(getattr(data, f"{split}_images"))
     totals = torch.zeros(3, 1, dtype=torch.float64, device=getattr(data, f"{split}_labels").device)
-    for logits, labels in all_logits(model, data, split, batch_size, process_rank(), process_count()):   # (K, N, C), (N,)
+    for logits, labels in all_logits(model, data, split, batch_size, process_rank(), process_count()):
         hits = logits.topk(min(5, logits.shape[2])).indices == labels[:, None]             # (K, N, 5)
         loss = -logits.log_softmax(2)[:, torch.arange(len(labels)), labels]                # (K, N)
         totals = totals + torch.stack([hits[:, :, 0].sum(1), hits.any(2).sum(1), loss.sum(1)]).double()
