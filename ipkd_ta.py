@@ -335,7 +335,7 @@ class MSDNet(nn.Module):
         channels: n, the channels of the first layer at the finest scale.
         growth: channels that a layer adds at the finest scale.
         gradient_equilibrium: scale gradients so that block k receives the mean over the exits from k on of what each of
-            them sends, not the sum (Li et al., ICCV 2019, section 3.1): its size does not grow with their number.
+            them sends, not the sum (Li et al., ICCV 2019): its size does not grow with their number.
     Raises:
         ValueError: an argument that is not a positive integer, or an unknown step_mode.
         TypeError: images that are not floating-point (N, 3, H, W).
@@ -459,14 +459,14 @@ class MSDNet(nn.Module):
 
     @staticmethod
     def scale_gradient(x, factor):
-        """x, through which the gradient flows multiplied by factor."""
+        """x of any shape, unchanged; the gradient that comes back through it is multiplied by factor, 0 to 1."""
         return torch.lerp(x.detach(), x, factor)
 
     def extract(self, k):
         """Exit k = 1 ... K as a module of its own, in eval mode: (N, 3, 32, 32) -> logits (N, num_classes). It holds
         copies of what it needs and nothing else, and evaluates lazily (Huang et al., ICLR 2018): the finer scales that
         nothing reads any more before the exit are not computed."""
-        if k not in range(1, len(self.heads) + 1):
+        if not isinstance(k, int) or not 1 <= k <= len(self.heads):
             raise ValueError(f"k must be a whole number from 1 to {len(self.heads)}, got {k!r}")
         parts, needed = [], {-1}                     # scales that are read later: -1 is the coarsest, -2 the next finer
         for part in reversed([part for block in self.blocks[:k] for part in block]):
@@ -529,10 +529,11 @@ class MSDNet(nn.Module):
 
 
 def extract(model, which):
-    """A sub-model of either network as a plain nn.Module with its own weights, in eval mode: same logits, no work that
-    they do not need.
+    """A sub-model as a plain nn.Module with its own copy of the weights, in eval mode: (N, 3, 32, 32) -> logits (N, C),
+    the same as inside the model, by no work that they do not need.
 
     Args:
+        model: MSDNet or SlimmableMobileNetV1.
         which: k = 1 (smallest) ... K as an int; of a slimmable network also a width as a float. A universal one must
             have been calibrated at that width.
     Raises:
@@ -542,15 +543,20 @@ def extract(model, which):
 
 
 def fold_bn(model):
-    """Merge every BatchNorm of an extracted sub-model into the convolution before it, in place; returns the model."""
-    for module in [m for m in model.modules() if isinstance(m, Conv2dNormActivation)]:
-        module[0], module[1] = fuse_conv_bn_eval(module[0], module[1]), nn.Identity()
+    """Merge every BatchNorm of an extracted sub-model into the convolution before it, in place; returns the model,
+    whose logits stay the same up to rounding. ValueError in training mode, where BatchNorm is no fixed map."""
+    if model.training:
+        raise ValueError("fold_bn needs a model in eval mode, got training mode")
+    for module in model.modules():
+        if isinstance(module, Conv2dNormActivation) and isinstance(module[1], nn.BatchNorm2d):
+            module[0], module[1] = fuse_conv_bn_eval(module[0], module[1]), nn.Identity()
     return model
 
 
 @torch.no_grad()
 def early_exit(model, images, thresholds):
-    """Classify images by an MSDNet, each by the first exit that is sure enough: only the others enter the next block.
+    """Classify images by an MSDNet, each by the first exit that is sure enough: only the others enter the next block
+    (Huang et al., ICLR 2018, section 4.2).
 
     Args:
         model: MSDNet in eval mode.
@@ -559,6 +565,8 @@ def early_exit(model, images, thresholds):
             and at the last in any case.
     Returns:
         predictions (N,) int64, and exits (N,) int64: the exit that each image took, 1 ... K.
+    Raises:
+        ValueError: a model in training mode, or not K thresholds.
     """
     if model.training or len(thresholds) != len(model.heads):
         raise ValueError(f"need a model in eval mode and {len(model.heads)} thresholds, got "
@@ -1029,14 +1037,13 @@ def compile_model(model, device):
 def evaluate(model, data, split="test", batch_size=250):
     """Accuracy of every sub-model on the "test" or "val" images, smallest first, without mixed precision: list of
     {"top1", "top5" in percent, "loss": mean cross-entropy}."""
-    count = len(getattr(data, f"{split}_images"))
-    totals = torch.zeros(3, 1, dtype=torch.float64, device=getattr(data, f"{split}_labels").device)
+    totals = 0
     for logits, labels in all_logits(model, data, split, batch_size, process_rank(), process_count()):
         hits = logits.topk(min(5, logits.shape[2])).indices == labels[:, None]             # (K, N, 5)
         loss = -logits.log_softmax(2)[:, torch.arange(len(labels)), labels]                # (K, N)
-        totals = totals + torch.stack([hits[:, :, 0].sum(1), hits.any(2).sum(1), loss.sum(1)]).double()
+        totals += torch.stack([hits[:, :, 0].sum(1), hits.any(2).sum(1), loss.sum(1)]).double()
     collectively(dist.all_reduce, totals)
-    means = (totals / count).T.tolist()
+    means = (totals / len(getattr(data, f"{split}_images"))).T.tolist()
     return [{"top1": 100 * top1, "top5": 100 * top5, "loss": loss} for top1, top5, loss in means]
 
 
@@ -1066,18 +1073,18 @@ def budgeted(model, data):
         answers[split] = (torch.cat([confidence for confidence, _, _ in batches], dim=1),                 # (K, N)
                           torch.cat([answer == labels for _, answer, labels in batches], dim=1).double())
     confidence, correct = answers["test"]
-    macs = torch.tensor(model.early_exit_macs(), dtype=torch.float64, device=confidence.device)
-    count, budgets = len(macs), []
+    costs, budgets = model.early_exit_macs(), []
+    macs = torch.tensor(costs, dtype=torch.float64, device=confidence.device)
     for q in (i / 10 for i in range(1, 21)):
-        shares = q ** torch.arange(1, count + 1, dtype=torch.float64)
+        shares = q ** torch.arange(1, len(costs) + 1, dtype=torch.float64)
         thresholds = exit_thresholds(answers["val"][0], (shares / shares.sum()).tolist())
         sure = confidence >= torch.tensor(thresholds, device=confidence.device)[:, None]
         exits = sure.int().argmax(dim=0)                                              # (N,), the first that is sure
         budgets.append({"q": q, "macs": macs[exits].mean().item(),
                         "top1": 100 * correct.gather(0, exits[None]).mean().item(), "thresholds": thresholds,
-                        "exits": (exits.bincount(minlength=count) / len(exits)).tolist()})
+                        "exits": (exits.bincount(minlength=len(costs)) / len(exits)).tolist()})
     anytime = [{"name": f"exit-{k}", "macs": cost, "top1": 100 * share} for k, (cost, share) in
-               enumerate(zip(model.early_exit_macs(), correct.mean(dim=1).tolist()), start=1)]
+               enumerate(zip(costs, correct.mean(dim=1).tolist()), start=1)]
     return {"budgets": budgets, "anytime": anytime}
 
 
@@ -1261,17 +1268,22 @@ def benchmark(cfg, rounds=5, repetitions=2):
         for kind, rate in matrix_product_rates(device, timed).items():
             rates.setdefault(kind, []).append(rate)
 
+    print(speed_table(cfg.batch_size, seconds, memory, flops, rates))
+
+
+def speed_table(batch_size, seconds, memory, flops, rates):
+    """What the benchmark found, as aligned text. Of each training step, baseline first: seconds (list), peak bytes; of
+    each number format: GFLOP/s of matrix products (list). flops: those of each timed step."""
     rates = {kind: statistics.median(values) for kind, values in rates.items()}
     rows = [["training step", "images/s", "min-max", "ms", "peak MiB", "GFLOP/s", *(f"of {kind}" for kind in rates)]]
     for name, times in seconds.items():
-        speed, rate = [cfg.batch_size / t for t in times], statistics.median(f / t for f, t in zip(flops, times)) / 1e9
+        speed, rate = [batch_size / t for t in times], statistics.median(f / t for f, t in zip(flops, times)) / 1e9
         rows.append([name, f"{statistics.median(speed):.1f}", f"{min(speed):.1f}-{max(speed):.1f}",
                      f"{1e3 * statistics.median(times):.0f}", f"{memory[name] / 2**20:.0f}", f"{rate:.1f}",
                      *(f"{rate / top:.1%}" for top in rates.values())])
-    print(aligned(rows))
-    print("matrix products: " + ", ".join(f"{kind} {rate:.0f} GFLOP/s" for kind, rate in rates.items()))
+    products = ", ".join(f"{kind} {rate:.0f} GFLOP/s" for kind, rate in rates.items())
     baseline, own = (statistics.median(times) for times in seconds.values())
-    print(f"ratio of medians: {baseline / own:.2f}")
+    return f"{aligned(rows)}\nmatrix products: {products}\nratio of medians: {baseline / own:.2f}"
 
 
 def wait_for(device):
@@ -1380,7 +1392,7 @@ def build_parser():
 
     g = parser.add_argument_group("training")
     add(g, "--epochs", None, "passes over the training images", by_family("epochs"), type=count)
-    add(g, "--batch-size", 64, "images per step", type=count)
+    add(g, "--batch-size", 64, "images per step, of all processes together", type=count)
     add(g, "--lr", 0.1, "highest learning rate of SGD", type=number(float, 0, above=True))
     add(g, "--lr-warmup", 0.05, "share of training over which the learning rate rises from 0, 0 to 1", type=share)
     add(g, "--schedule", None, "multistep: x 0.1 at 50 %% and 75 %% of training; cosine, linear: down to 0",
@@ -1392,7 +1404,6 @@ def build_parser():
     add(g, "--device", "auto", "auto (cuda if there is one, else cpu), cpu, cuda, cuda:1, ...", metavar="NAME")
     add(g, "--amp", "auto", "mixed precision; auto: on cuda bf16 where native, else fp16, and off elsewhere",
         choices=("auto", "off", "bf16", "fp16"))
-
     add(g, "--compile", False, "torch.compile an msdnet: faster steps after minutes of compiling", "off",
         action="store_true")
 
@@ -1522,19 +1533,8 @@ def run_training(cfg, checkpoint=None, damaged=False, others=RUN_FILES):
 
     make_directory(out)
     with contextlib.nullcontext() if checkpoint else locked(out):
-        metrics = out / "metrics.jsonl"
         if checkpoint:
-            if checkpoint["classes"] != data.classes or not torch.equal(checkpoint["mean"], data.mean.cpu()):
-                raise InputError(f"--resume: the images are not those that the run in '{out}' was trained on")
-            try:
-                model.load_state_dict(checkpoint["model"])
-                trainer.load(checkpoint["trainer"])
-            except Exception as error:           # of another version of this file: torch raises many types
-                reason = one_line(error)[:200]
-                raise InputError(f"--resume: the checkpoint in '{out}' does not fit ({reason})") from error
-            lines = metrics.read_bytes().splitlines(keepends=True)[:trainer.epoch] if metrics.exists() else []
-            replace_file(metrics, lambda file: file.write(b"".join(lines)))      # without what came later
-            print(f"resuming after {trainer.epoch} epochs and {trainer.steps} steps", flush=True)
+            go_back(trainer, checkpoint, out)
         else:
             refuse_to_overwrite(out, others, overwrite)      # another process may have come first
             for name in RUN_FILES if process_rank() == 0 else ():
@@ -1546,11 +1546,29 @@ def run_training(cfg, checkpoint=None, damaged=False, others=RUN_FILES):
         train_and_write(trainer, costs, out, damaged)
 
 
+def go_back(trainer, checkpoint, out):
+    """Bring the trainer, and metrics.jsonl in `out`, to where they were at the checkpoint."""
+    data, metrics = trainer.data, out / "metrics.jsonl"
+    if checkpoint["classes"] != data.classes or not torch.equal(checkpoint["mean"], data.mean.cpu()):
+        raise InputError(f"--resume: the images are not those that the run in '{out}' was trained on")
+    try:
+        trainer.model.load_state_dict(checkpoint["model"])
+        trainer.load(checkpoint["trainer"])
+    except Exception as error:                   # of another version of this file: torch raises many types
+        reason = one_line(error)[:200]
+        raise InputError(f"--resume: the checkpoint in '{out}' does not fit ({reason})") from error
+    lines = metrics.read_bytes().splitlines(keepends=True)[:trainer.epoch] if metrics.exists() else []
+    replace_file(metrics, lambda file: file.write(b"".join(lines)))              # without what came later
+    print(f"resuming after {trainer.epoch} epochs and {trainer.steps} steps", flush=True)
+
+
 def check_agreement(trainer):
-    """InputError unless all processes begin with the same weights at the same step."""
+    """InputError unless all processes begin with the same weights and labels at the same step."""
     if process_count() > 1:
-        weights = sum(p.detach().double().abs().sum() for p in trainer.model.parameters())
-        own = torch.stack([weights, torch.full_like(weights, trainer.epoch), torch.full_like(weights, trainer.steps)])
+        labels = trainer.data.train_labels.double()
+        own = torch.stack([sum(p.detach().double().abs().sum() for p in trainer.model.parameters()),
+                           labels @ torch.arange(len(labels), device=labels.device, dtype=labels.dtype),
+                           labels.new_tensor(trainer.epoch), labels.new_tensor(trainer.steps)])
         first = own.clone()
         collectively(dist.broadcast, first, 0)
         if not first.equal(own):
@@ -1567,20 +1585,13 @@ def train_and_write(trainer, costs, out, damaged):
 
     def save():
         nonlocal saved, damaged
-        trainer.check()
-        weights = model.state_dict()             # may have diverged in a step whose loss, before it, was finite
-        if not all(value.isfinite().all() for value in weights.values()):
-            raise diverged(f"after {trainer.epoch} epochs and {trainer.steps} steps weights are not finite", cfg)
-        content = {"config": vars(cfg), "classes": data.classes, "mean": data.mean.cpu(), "std": data.std.cpu(),
-                   "epoch": trainer.epoch, "model": weights, "trainer": trainer.state()}
-        replace_file(out / "checkpoint.pt", lambda file: torch.save(content, file),
-                     keep=out / f"checkpoint.{'damaged' if damaged else 'previous'}.pt")
+        save_checkpoint(trainer, out, keep=out / f"checkpoint.{'damaged' if damaged else 'previous'}.pt")
         saved, damaged = time.perf_counter(), False
 
     def tick(share):
-        progress(share)
         if process_rank():
             return                                       # the first one saves and ends; then the others cannot go on
+        progress(share)
         if signals or cfg.checkpoint_every and time.perf_counter() - saved > cfg.checkpoint_every:
             save()
         if signals:
@@ -1616,6 +1627,17 @@ def train_and_write(trainer, costs, out, damaged):
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def save_checkpoint(trainer, out, keep):
+    """Write out/checkpoint.pt, and keep the one that was there under this path; InputError when training diverged."""
+    trainer.check()
+    data, weights = trainer.data, trainer.model.state_dict()
+    if not all(value.isfinite().all() for value in weights.values()):      # by a step whose loss, before it, was finite
+        raise diverged(f"after {trainer.epoch} epochs and {trainer.steps} steps weights are not finite", trainer.cfg)
+    content = {"config": vars(trainer.cfg), "classes": data.classes, "mean": data.mean.cpu(), "std": data.std.cpu(),
+               "epoch": trainer.epoch, "model": weights, "trainer": trainer.state()}
+    replace_file(out / "checkpoint.pt", lambda file: torch.save(content, file), keep)
 
 
 def finish(model, data, cfg, sub_models, out=None, **more):
@@ -1723,18 +1745,18 @@ def run_export(given):
         raise InputError(f"--export: '{path}' exists: choose another name, or --overwrite")
     checkpoint = load_checkpoint(Path(given["eval"]))
     cfg, model = restore(checkpoint, given["eval"])
+    universal = cfg.arch == "slimmable" and cfg.bn == "universal"
     names = [sub.name for sub in model.eval().sub_models()]
     name = given.get("sub_model", names[-1])
     try:
         which = names.index(name) + 1 if name in names else float(name.removeprefix("width-"))
-        if cfg.arch == "slimmable" and cfg.bn == "universal" and name not in names:      # a width not measured yet
+        if universal and name not in names:                  # a width not measured yet
             data = load_data(cfg.dataset, given.get("data_dir", cfg.data_dir), cfg.train_size, cfg.val_size)
             data = replace(data, mean=checkpoint["mean"], std=checkpoint["std"])
             model.calibrate(calibration_batches(data), [which])
-            model.eval()
         program = extract(model, which)
     except ValueError as error:
-        between = " and any width between" if vars(cfg).get("bn") == "universal" and cfg.arch == "slimmable" else ""
+        between = " and any width between" if universal else ""
         raise InputError(f"--sub-model {name}: '{given['eval']}' offers {', '.join(names)}{between}") from error
     if given.get("fold_bn"):
         fold_bn(program)
@@ -1759,12 +1781,11 @@ def write_program(model, path, about):
                              "install them, or take another ending for a program of torch.export") from error
         replace_file(path, lambda file: file.write(program.model_proto.SerializeToString()))
         try:
-            import onnxruntime
+            program.initialize_inference_session()       # by onnxruntime
         except ImportError:
             print("onnxruntime is not installed: the file was not run")
             return
-        session = onnxruntime.InferenceSession(str(path))
-        run = lambda x: torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+        run = lambda x: program(x)[0]
     else:
         program.example_inputs = None
         for node in program.graph.nodes:

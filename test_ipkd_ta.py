@@ -1640,7 +1640,7 @@ def test_extraction_leaves_the_model_as_it_was():
     assert all(value.equal(before[name]) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("model, which", [("msdnet", 0), ("msdnet", 4), ("msdnet", 1.5), ("universal", 0), ("universal", 4), ("universal", 0.9),
+@pytest.mark.parametrize("model, which", [("msdnet", 0), ("msdnet", 4), ("msdnet", 1.5), ("msdnet", 1.0), ("universal", 0), ("universal", 4), ("universal", 0.9),
                                           ("universal", 0.1), ("switchable", 0.12)])
 def test_a_sub_model_that_there_is_not_is_refused(model, which):
     with pytest.raises(ValueError, match="k must be|width"):
@@ -1772,14 +1772,29 @@ for name, z in expected.items():
     assert done.stdout.split() == ["exit-2", "False", "width-0.12", "False"], done.stderr
 
 
-def test_export_to_onnx_gives_the_same_logits_or_says_what_is_missing(trained, tmp_path, capfd, monkeypatch):
-    options = ["--eval", trained / "msdnet" / "checkpoint.pt", "--sub-model", "exit-1", "--export"]
+def test_an_onnx_file_gives_the_same_logits(trained, tmp_path):
+    pytest.importorskip("onnxscript")
+    session = pytest.importorskip("onnxruntime").InferenceSession
+    checkpoint, x = trained / "msdnet" / "checkpoint.pt", images_of(3)
+    assert run("--eval", checkpoint, "--sub-model", "exit-1", "--export", tmp_path / "a.onnx") == 0
+    _, model = ipkd_ta.restore(ipkd_ta.load_checkpoint(checkpoint), "")
+    with torch.no_grad():
+        expected = ipkd_ta.extract(model.eval(), 1)(x)
+    program = session(tmp_path / "a.onnx")
+    for n in (1, 3):
+        found, = program.run(None, {program.get_inputs()[0].name: x[:n].numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), expected[:n], rtol=1e-4, atol=1e-4)
+
+
+def test_export_to_onnx_says_which_packages_are_missing(trained, tmp_path, capfd, monkeypatch):
+    def missing(*args, **kwargs):
+        raise ModuleNotFoundError("No module named 'onnxscript'")
+
     if importlib.util.find_spec("onnxscript"):
-        assert run(*options, tmp_path / "a.onnx") == 0 and (tmp_path / "a.onnx").stat().st_size > 10_000
-    monkeypatch.setitem(sys.modules, "onnxscript", None)
-    assert run(*options, tmp_path / "b.onnx") == 2
+        monkeypatch.setattr(torch.onnx, "export", missing)
+    assert run("--eval", trained / "msdnet" / "checkpoint.pt", "--sub-model", "exit-1", "--export", tmp_path / "b.onnx") == 2
     assert re.fullmatch(r"ipkd_ta.py: error: --export: 'b.onnx' needs the packages onnx and onnxscript .*\n", capfd.readouterr().err)
-    assert not (tmp_path / "b.onnx").exists()
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("options, message", [
@@ -1868,3 +1883,26 @@ def test_the_death_of_a_process_ends_the_run_and_one_process_alone_resumes_it(tw
     assert "resuming after 2 epochs" in capsys.readouterr().out
     assert results(run_directory)["processes"] == 1
 
+
+
+def test_processes_that_begin_with_other_labels_do_not_train_together(monkeypatch):
+    data = ipkd_ta.load_data("shapes", None, 40)
+    cfg = SimpleNamespace(seed=0, lr=0.1, amp="off")
+    first = []
+    monkeypatch.setattr(ipkd_ta, "process_count", lambda: 2)
+    monkeypatch.setattr(ipkd_ta, "process_rank", lambda: 1)
+    monkeypatch.setattr(ipkd_ta, "collectively", lambda operation, tensor, source: tensor.copy_(first[0]) if first else first.append(tensor.clone()))
+    ipkd_ta.check_agreement(ipkd_ta.Trainer(tiny_model("msdnet"), data, cfg))
+    ipkd_ta.check_agreement(ipkd_ta.Trainer(tiny_model("msdnet"), data, cfg))
+    shuffled = ipkd_ta.replace(data, train_labels=data.train_labels.flip(0))
+    with pytest.raises(InputError, match="begins otherwise than process 0"):
+        ipkd_ta.check_agreement(ipkd_ta.Trainer(tiny_model("msdnet"), shuffled, cfg))
+
+
+def test_folding_needs_eval_mode_and_may_be_repeated():
+    extracted, x = ipkd_ta.extract(brief_msdnet(2), 1), images_of(3)
+    with pytest.raises(ValueError, match="eval mode, got training mode"):
+        ipkd_ta.fold_bn(extracted.train())
+    folded = ipkd_ta.fold_bn(extracted.eval())
+    expected = folded(x)
+    assert ipkd_ta.fold_bn(folded)(x).equal(expected)
