@@ -63,6 +63,7 @@ def ipkd_ta_loss(logits, target, method="ipkd-ta", kd_weight=0.5, temperature=1.
         "ce"       none: every sub-model learns from the labels alone, as if kd_weight were 0
         "ipkd"     K: the largest teaches all others (Yu & Huang, ICCV 2019; Li et al., ICCV 2019)
         "ipkd-ta"  k + 1: each sub-model is the teacher assistant of the next smaller one (Ozerov & Duong, 2021)
+        "ipkd-mean"  all larger ones: p_t(k) is the mean of p_{k+1} ... p_K (of this project, for comparison)
 
     Args:
         logits: list of K tensors (N, C), smallest sub-model first. Half precision is computed in float32.
@@ -73,8 +74,8 @@ def ipkd_ta_loss(logits, target, method="ipkd-ta", kd_weight=0.5, temperature=1.
     Raises:
         TypeError, ValueError: logits or a target of a wrong type, shape or device, or an argument outside its range.
     """
-    if method not in ("ce", "ipkd", "ipkd-ta"):
-        raise ValueError(f"method must be 'ce', 'ipkd' or 'ipkd-ta', got {method!r}")
+    if method not in ("ce", "ipkd", "ipkd-ta", "ipkd-mean"):
+        raise ValueError(f"method must be 'ce', 'ipkd', 'ipkd-ta' or 'ipkd-mean', got {method!r}")
     if not 0 <= kd_weight <= 1 or not 0 < temperature <= 1e6:
         raise ValueError(f"need 0 <= kd_weight <= 1 and 0 < temperature <= 1e6, got {kd_weight} and {temperature}")
     if not all(torch.is_tensor(z) and z.is_floating_point() for z in logits):
@@ -91,15 +92,19 @@ def ipkd_ta_loss(logits, target, method="ipkd-ta", kd_weight=0.5, temperature=1.
         raise ValueError(f"target must be at least 0 and below {shapes[0][1]}, got {target.min()} to {target.max()}")
 
     logits = [z.to(torch.promote_types(z.dtype, torch.float32)) for z in logits]
+    log_p = [F.log_softmax(z / temperature, dim=1) for z in logits]
     loss = F.cross_entropy(logits[-1], target)
     for k, student in enumerate(logits[:-1]):
         ce = F.cross_entropy(student, target)
         if method == "ce":
             loss = loss + ce
             continue
-        teacher = (logits[-1] if method == "ipkd" else logits[k + 1]).detach()
-        kl = F.kl_div(F.log_softmax(student / temperature, dim=1), F.log_softmax(teacher / temperature, dim=1),
-                      reduction="batchmean", log_target=True)
+        larger = [teacher.detach() for teacher in log_p[k + 1:]]
+        if method == "ipkd-mean":
+            teacher = torch.stack(larger).logsumexp(dim=0) - math.log(len(larger))
+        else:
+            teacher = larger[-1] if method == "ipkd" else larger[0]
+        kl = F.kl_div(log_p[k], teacher, reduction="batchmean", log_target=True)
         loss = loss + (1 - kd_weight) * ce + kd_weight * temperature**2 * kl
     return loss
 
@@ -804,7 +809,7 @@ def one_line(error):
 # Training
 # ====================================================================================================================
 
-METHODS = ("ce", "ipkd", "ipkd-ta")
+METHODS = ("ce", "ipkd", "ipkd-ta", "ipkd-mean")
 AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -1129,7 +1134,7 @@ def report(directories):
         if "evaluated" in run:       # by --eval: no run of its own
             continue
         cfg = run["config"]          # runs may differ in these; whatever else differs makes another setting
-        per_run = {"method", "seed", "out", "device", "compile", "checkpoint_every",
+        per_run = {"method", "seed", "out", "device", "compile", "checkpoint_every", "eval_every",
                    "data_dir" if cfg["dataset"] != "folder" else "out"}
         setting = {k: str(v) for k, v in cfg.items() if k not in per_run}
         setting["sub-models"] = ", ".join(sub["name"] for sub in run["sub_models"])
@@ -1385,7 +1390,8 @@ def build_parser():
         "options", type=number(int, 0, 2**31 - 1), metavar="N")
 
     g = parser.add_argument_group("distillation")
-    add(g, "--method", "ipkd-ta", "teacher of a sub-model: none, the largest, or the next larger", choices=METHODS)
+    add(g, "--method", "ipkd-ta", "teacher of a sub-model: none, the largest, the next larger, or the mean of "
+        "all larger ones", choices=METHODS)
     add(g, "--kd-weight", 0.5, "weight of the teacher against the labels, 0 to 1", type=share)
     add(g, "--kd-warmup", 1.0, "share of training over which that weight rises from 0, 0 to 1", type=share)
     add(g, "--temperature", 1.0, "softmax temperature of the distillation", type=number(float, 0.001, 1000))
@@ -1397,6 +1403,7 @@ def build_parser():
     add(g, "--lr-warmup", 0.05, "share of training over which the learning rate rises from 0, 0 to 1", type=share)
     add(g, "--schedule", None, "multistep: x 0.1 at 50 %% and 75 %% of training; cosine, linear: down to 0",
         by_family("schedule"), choices=("multistep", "cosine", "linear"))
+    add(g, "--eval-every", 1, "epochs between evaluations; the last epoch is always evaluated", type=count)
     add(g, "--seed", 0, "of the weights, the order and augmentation of the images, and the widths",
         type=number(int, 0, 2**63 - 1), metavar="N")
 
@@ -1609,18 +1616,20 @@ def train_and_write(trainer, costs, out, damaged):
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         for record, speed in train(trainer, tick):
-            sub_models = evaluated()
-            for sub in sub_models:
-                if not math.isfinite(sub["loss"]):
-                    what = f"the test loss of {sub['name']} after epoch {record['epoch']} is {sub['loss']}"
-                    raise diverged(what, cfg)
-            record["top1"] = [sub["top1"] for sub in sub_models]
+            epoch = record["epoch"]
+            told = (f"epoch {epoch:{len(str(cfg.epochs))}}/{cfg.epochs}  lr {record['lr']:.4f}  "
+                    f"loss {record['loss']:.4f}  {speed:.0f} images/s")
+            if epoch % cfg.eval_every == 0 or epoch == cfg.epochs:
+                sub_models = evaluated()
+                for sub in sub_models:
+                    if not math.isfinite(sub["loss"]):
+                        raise diverged(f"the test loss of {sub['name']} after epoch {epoch} is {sub['loss']}", cfg)
+                record["top1"] = top1 = [sub["top1"] for sub in sub_models]
+                told += f"  top-1 {smallest} {top1[0]:.2f} %, {largest} {top1[-1]:.2f} %"
             append_line(out / "metrics.jsonl", json.dumps(record))
             save()
             progress.clear()
-            print(f"epoch {record['epoch']:{len(str(cfg.epochs))}}/{cfg.epochs}  lr {record['lr']:.4f}  "
-                  f"loss {record['loss']:.4f}  {speed:.0f} images/s  top-1 {smallest} {record['top1'][0]:.2f} %, "
-                  f"{largest} {record['top1'][-1]:.2f} %", flush=True)
+            print(told, flush=True)
         sub_models = sub_models or evaluated()           # resumed after the last epoch
         finish(model, data, cfg, sub_models, out, seconds=round(time.perf_counter() - start, 1),
                processes=process_count())
