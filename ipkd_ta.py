@@ -1125,10 +1125,10 @@ def aligned(rows):
                      for row in rows)
 
 
-def report(directories):
-    """All results.json of training runs below the directories as Markdown: a table for each setting, a row for each
-    sub-model, a column for each method with the top-1 accuracy as mean ± sample standard deviation over the runs."""
-    settings, seen = {}, {}
+def comparable_runs(directories):
+    """Training runs of all results.json below the directories, by setting: {sorted (option, value)s that runs must have
+    in common to be compared: {method: {seed: run}}}."""
+    settings = {}
     for path in sorted({path.resolve() for d in directories for path in Path(d).rglob("results.json")}):
         run = read_results(path)
         if "evaluated" in run:       # by --eval: no run of its own
@@ -1138,39 +1138,103 @@ def report(directories):
                    "data_dir" if cfg["dataset"] != "folder" else "out"}
         setting = {k: str(v) for k, v in cfg.items() if k not in per_run}
         setting["sub-models"] = ", ".join(sub["name"] for sub in run["sub_models"])
-        setting = tuple(sorted(setting.items()))
-        twin = seen.setdefault((setting, cfg["method"], cfg["seed"]), path)
+        by_method = settings.setdefault(tuple(sorted(setting.items())), {method: {} for method in METHODS})
+        twin = by_method[cfg["method"]].setdefault(cfg["seed"], {**run, "path": path})["path"]
         if twin != path:
             raise InputError(f"'{twin}' and '{path}' are runs of the same setting and seed: report on one of them")
-        settings.setdefault(setting, []).append(run)
     if not settings:
         raise InputError(f"--report: no results.json of a run below {', '.join(map(str, directories))}")
+    return {setting: {method: by_seed for method, by_seed in by_method.items() if by_seed}
+            for setting, by_method in sorted(settings.items())}
 
+
+def top1(run, k=None):
+    """Test accuracy of sub-model k = 1 ... K in percent, or the mean of all."""
+    values = [sub["top1"] for sub in run["sub_models"]]
+    return values[k - 1] if k else statistics.mean(values)
+
+
+def report(settings):
+    """`comparable_runs` as Markdown: for each setting a table of the top-1 accuracies, a row for each sub-model and a
+    column for each method, as mean ± sample standard deviation over the seeds; then one of the differences between
+    "ipkd-ta" and each other method, over the seeds that both have, as mean ± standard error."""
     lines = []
-    for setting, runs in sorted(settings.items()):
+    for setting, by_method in settings.items():
+        runs = [run for by_seed in by_method.values() for run in by_seed.values()]
         cfg, subs = runs[0]["config"], runs[0]["sub_models"]
-        by_method = {m: [run for run in runs if run["config"]["method"] == m] for m in METHODS}
-        by_method = {m: found for m, found in by_method.items() if found}
         related = [other for other in settings if {("arch", cfg["arch"]), ("dataset", cfg["dataset"])} <= set(other)]
         told_apart_by = [f"{k} {v}" for k, v in setting if any((k, v) not in other for other in related)
                          and k not in ("epochs", "train_size", "sub-models")]
-        counts = [f"{m} ({len(found)} {'run' if len(found) == 1 else 'runs'})" for m, found in by_method.items()]
         lines += [f"### {cfg['arch']} on {cfg['dataset']}", "",
                   ", ".join([f"{cfg['epochs']} epochs of {cfg['train_size']:,} images", "top-1 in %", *told_apart_by]),
-                  "", f"| sub-model | MMACs | params | {' | '.join(counts)} |",
-                  "|---" + "|---:" * (2 + len(counts)) + "|"]
-        for k, sub in enumerate(subs):
-            cells = [mean_and_deviation([run["sub_models"][k]["top1"] for run in found])
-                     for found in by_method.values()]
-            lines.append(f"| {sub['name']} | {sub['macs'] / 1e6:.2f} | {sub['params']:,} | {' | '.join(cells)} |")
-        lines.append("")
+                  ""]
+        rows = [["sub-model", "MMACs", "params", *(counted(m, len(found), "run") for m, found in by_method.items())]]
+        for k, sub in enumerate(subs, start=1):
+            cells = [mean_and_spread([top1(run, k) for run in found.values()]) for found in by_method.values()]
+            rows.append([sub["name"], f"{sub['macs'] / 1e6:.2f}", f"{sub['params']:,}", *cells])
+        lines += markdown(rows)
+
+        own = by_method.get("ipkd-ta", {})
+        pairs = {m: [(own[seed], found[seed]) for seed in own if seed in found] for m, found in by_method.items()}
+        pairs = {m: both for m, both in pairs.items() if both and m != "ipkd-ta"}
+        if pairs:
+            lines += ["Differences between runs of the same seed, mean ± standard error:", ""]
+            rows = [["sub-model", *(counted(f"ipkd-ta − {m}", len(both), "pair") for m, both in pairs.items())]]
+            for k, name in [*enumerate((sub["name"] for sub in subs), start=1), (None, "mean of all")]:
+                rows.append([name, *(mean_and_spread([top1(a, k) - top1(b, k) for a, b in both], len(both), "+")
+                                     for both in pairs.values())])
+            lines += markdown(rows)
     return "\n".join(lines)
 
 
-def mean_and_deviation(values):
-    """Mean ± sample standard deviation as text; the mean alone of a single value."""
-    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.2f}{spread}"
+def counted(what, n, unit):
+    """For example "ipkd (3 runs)"."""
+    return f"{what} ({n} {unit}{'' if n == 1 else 's'})"
+
+
+def mean_and_spread(values, n=1, sign=""):
+    """Mean ± sample standard deviation / sqrt(n) as text; the mean alone of a single value."""
+    spread = f" ± {statistics.stdev(values) / n**0.5:.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{sign}.2f}{spread}"
+
+
+def markdown(rows):
+    """Lines of a Markdown table, with an empty one after it; all columns but the first to the right."""
+    line = lambda cells: f"| {' | '.join(cells)} |"
+    return [line(rows[0]), "|---" + "|---:" * (len(rows[0]) - 1) + "|", *map(line, rows[1:]), ""]
+
+
+def plot(settings, path):
+    """Draw `comparable_runs` into a picture (format by its name: .svg, .png, ...): top-1 accuracy against MACs, a panel
+    for each setting, a line for each method, the sample standard deviation over the seeds as bars. InputError without
+    matplotlib, and when the format is unknown to it."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise InputError("--plot needs matplotlib: pip install matplotlib") from error
+    styles = {"ce": ("#000000", "o", ":"), "ipkd": ("#E69F00", "s", "--"), "ipkd-ta": ("#0072B2", "^", "-"),
+              "ipkd-mean": ("#CC79A7", "D", "-.")}       # colours of Okabe & Ito: the colour-blind tell them apart
+    figure = Figure(figsize=(4.5 * len(settings), 3.6), layout="constrained", dpi=200, facecolor="white")
+    for axes, by_method in zip(figure.subplots(1, len(settings), squeeze=False)[0], settings.values()):
+        for i, (method, found) in enumerate(by_method.items()):
+            runs = list(found.values())
+            cfg, subs = runs[0]["config"], runs[0]["sub_models"]
+            accuracies = [[top1(run, k) for run in runs] for k in range(1, len(subs) + 1)]
+            color, marker, line = styles[method]
+            shift = 1 + 0.012 * (i - (len(by_method) - 1) / 2)               # so that bars do not hide each other
+            axes.errorbar([sub["macs"] / 1e6 * shift for sub in subs], [statistics.mean(a) for a in accuracies],
+                          [statistics.stdev(a) if len(a) > 1 else 0 for a in accuracies], color=color, marker=marker,
+                          linestyle=line, markersize=5, capsize=2, label=counted(method, len(runs), "run"))
+        axes.set(title=f"{cfg['arch']} on {cfg['dataset']}\n{cfg['epochs']} epochs of {cfg['train_size']:,} images",
+                 xlabel="cost of the sub-model (million MACs per image)", ylabel="top-1 accuracy (%)")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    picture = io.BytesIO()
+    try:
+        figure.savefig(picture, format=path.suffix[1:])
+    except ValueError as error:                  # a format that is unknown
+        raise InputError(f"--plot '{path}': {one_line(error)}") from error
+    replace_file(path, lambda file: file.write(picture.getbuffer()))
 
 
 def read_results(path):
@@ -1442,6 +1506,8 @@ def build_parser():
     g.add_argument("--sub-model", metavar="NAME", help="with --export: which one, for example exit-3 or width-0.5 "
                    "(default: the largest)")
     g.add_argument("--fold-bn", action="store_true", help="with --export: merge BatchNorm into the convolutions")
+    g.add_argument("--plot", metavar="FILE", help="with --report: draw accuracy against MACs, by matplotlib, as .svg, "
+                   ".png or what else it knows")
     modes = g.add_mutually_exclusive_group()
     modes.add_argument("--eval", metavar="CHECKPOINT", help="evaluate a checkpoint.pt instead of training")
     modes.add_argument("--resume", action="store_true",
@@ -1949,16 +2015,21 @@ def keep_freed_memory(keep=True):
 def run_command(given, defaults):
     """Do what the given options ask for."""
     if "report" in given:
-        if len(given) > 1:
-            raise InputError(f"{flag(min(set(given) - {'report'}))} has no meaning with --report")
-        print(report(given["report"]))
+        for name in set(given) - {"report", "plot"}:
+            raise InputError(f"{flag(name)} has no meaning with --report")
+        settings = comparable_runs(given["report"])
+        print(report(settings))
+        if "plot" in given:
+            plot(settings, Path(given["plot"]))
     elif given.pop("benchmark", False):
         for name in set(given) & {"dataset", "data_dir", "train_size", "val_size", "epochs", "schedule", "out",
-                                  "overwrite", "checkpoint_every"}:
+                                  "overwrite", "checkpoint_every", "eval_every"}:
             raise InputError(f"{flag(name)} has no meaning with --benchmark, which trains on random images")
         benchmark(settle({"dataset": "cifar10", **given}, defaults))
     elif "eval" in given:
         (run_export if "export" in given else run_evaluation)(given)
+    elif "plot" in given:
+        raise InputError("--plot needs --report, the directories of the runs")
     elif set(given) & {"export", "sub_model", "fold_bn"}:
         raise InputError("--export, --sub-model and --fold-bn need --eval, the checkpoint.pt that holds the sub-model")
     elif "resume" in given:

@@ -38,7 +38,7 @@ import ipkd_ta
 from ipkd_ta import InputError, MSDNet, SlimmableMobileNetV1, ipkd_ta_loss, sandwich_widths
 
 HERE = Path(__file__).parent
-METHODS = ("ce", "ipkd", "ipkd-ta")
+METHODS = ("ce", "ipkd", "ipkd-ta", "ipkd-mean")
 TINY = {"msdnet": ["--arch", "msdnet", "--exits", "3", "--base", "1", "--step", "1", "--channels", "4", "--growth", "2"],
         "slimmable": ["--arch", "slimmable", "--widths", "0.05", "0.1", "0.15"]}
 QUICK = ["--epochs", "1", "--train-size", "40", "--batch-size", "16"]
@@ -79,8 +79,9 @@ def test_gradients_equal_the_closed_form(method, kd_weight, temperature):
             if k == 3:
                 expected = (z.softmax(1) - onehot) / n
             else:
-                teacher = logits[3 if method == "ipkd" else k + 1]
-                soft = (z / temperature).softmax(1) - (teacher / temperature).softmax(1)
+                teachers = {"ipkd": [3], "ipkd-mean": range(k + 1, 4)}.get(method, [k + 1])
+                teacher = sum((logits[t] / temperature).softmax(1) for t in teachers) / len(teachers)
+                soft = (z / temperature).softmax(1) - teacher
                 expected = (weight * temperature * soft + (1 - weight) * (z.softmax(1) - onehot)) / n
             torch.testing.assert_close(z.grad, expected, rtol=1e-12, atol=1e-14)
 
@@ -99,7 +100,8 @@ def test_value_equals_the_formula_summed_by_hand(method):
         total -= math.log(p(2, i, 1)[y])
         for k in (0, 1):
             ce = -math.log(p(k, i, 1)[y])
-            teacher = p(2 if method == "ipkd" else k + 1, i, tau)
+            teachers = {"ipkd": [2], "ipkd-mean": [1, 2][k:]}.get(method, [k + 1])
+            teacher = [sum(column) / len(teachers) for column in zip(*(p(t, i, tau) for t in teachers))]
             kl = sum(t * math.log(t / s) for t, s in zip(teacher, p(k, i, tau)))
             total += ce if method == "ce" else (1 - weight) * ce + weight * tau**2 * kl
     assert ipkd_ta_loss(logits, target, method, weight, tau).item() == pytest.approx(total / 2, rel=1e-12)
@@ -111,20 +113,22 @@ def test_a_single_sub_model_learns_by_plain_cross_entropy(method):
     assert ipkd_ta_loss(logits, target, method, 0.7, 3.0).equal(F.cross_entropy(logits[0], target))
 
 
-def test_with_two_sub_models_both_distillations_are_identical():
+def test_with_two_sub_models_all_distillations_are_identical():
     logits, target = random_logits(2, dtype=torch.float32)
-    assert ipkd_ta_loss(logits, target, "ipkd", 0.7, 3.0).equal(ipkd_ta_loss(logits, target, "ipkd-ta", 0.7, 3.0))
+    a, b, c = (ipkd_ta_loss(logits, target, method, 0.7, 3.0) for method in METHODS[1:])
+    assert a.equal(b) and b.equal(c)
 
 
 def test_without_kd_weight_all_methods_are_identical():
     logits, target = random_logits(4, dtype=torch.float32)
-    a, b, c = (ipkd_ta_loss(logits, target, method, 0.0, 2.0) for method in METHODS)
-    assert a.equal(b) and b.equal(c)
+    a, b, c, d = (ipkd_ta_loss(logits, target, method, 0.0, 2.0) for method in METHODS)
+    assert a.equal(b) and b.equal(c) and c.equal(d)
 
 
-def test_no_gradient_flows_into_a_teacher():
+@pytest.mark.parametrize("method", METHODS[1:])
+def test_no_gradient_flows_into_a_teacher(method):
     logits, target = random_logits(3)
-    distilled = ipkd_ta_loss(logits, target, "ipkd-ta", 1.0, 2.0)
+    distilled = ipkd_ta_loss(logits, target, method, 1.0, 2.0)
     labels_alone = F.cross_entropy(logits[2], target)      # all that the largest may learn from
     gradient, = torch.autograd.grad(distilled, logits[2], retain_graph=True)
     expected, = torch.autograd.grad(labels_alone, logits[2])
@@ -513,6 +517,15 @@ def test_kd_weight_and_learning_rate_follow_the_options(tmp_path):
     assert [r["epoch"] for r in lines] == [1, 2, 3, 4]
     assert [r["lr"] for r in lines] == pytest.approx([0.175, 0.125, 0.075, 0.025])       # of the middle of each step
     assert [r["kd_weight"] for r in lines] == pytest.approx([0.2, 0.6, 0.8, 0.8])
+
+
+def test_eval_every_evaluates_each_nth_and_the_last_epoch_and_changes_no_weight(tmp_path, capsys):
+    for name, every in (("each", 1), ("second", 2)):
+        assert run("--out", tmp_path / name, *TINY["slimmable"], *QUICK, "--epochs", 3, "--eval-every", every) == 0
+    each, second = ([json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in ("each", "second"))
+    assert ["top1" in r for r in each] == [True] * 3 and ["top1" in r for r in second] == [False, True, True]
+    assert each[1:] == second[1:] and results(tmp_path / "each")["sub_models"] == results(tmp_path / "second")["sub_models"]
+    assert len([line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch") and "top-1" not in line]) == 1
 
 
 @pytest.mark.parametrize("arch", TINY)
@@ -1053,7 +1066,55 @@ def test_report_puts_methods_side_by_side_with_mean_and_deviation_over_seeds(tmp
     assert capsys.readouterr().out.strip().splitlines() == [
         "### msdnet on cifar10", "", "300 epochs of 50,000 images, top-1 in %", "",
         "| sub-model | MMACs | params | ce (3 runs) | ipkd (1 run) | ipkd-ta (3 runs) |", "|---|---:|---:|---:|---:|---:|",
-        "| exit-1 | 1.00 | 1,000 | 91.00 ± 1.00 | 89.00 | 91.70 ± 0.82 |", "| exit-2 | 2.00 | 2,000 | 92.00 ± 1.00 | 90.00 | 93.70 ± 0.82 |"]
+        "| exit-1 | 1.00 | 1,000 | 91.00 ± 1.00 | 89.00 | 91.70 ± 0.82 |", "| exit-2 | 2.00 | 2,000 | 92.00 ± 1.00 | 90.00 | 93.70 ± 0.82 |",
+        "", "Differences between runs of the same seed, mean ± standard error:", "",
+        "| sub-model | ipkd-ta − ce (3 pairs) | ipkd-ta − ipkd (1 pair) |", "|---|---:|---:|",       # 1, 0.5, 0.6; 2, 1.5, 1.6
+        "| exit-1 | +0.70 ± 0.15 | +2.00 |", "| exit-2 | +1.70 ± 0.15 | +3.00 |", "| mean of all | +1.20 ± 0.15 | +2.50 |"]
+
+
+def test_report_pairs_runs_by_seed_and_has_no_differences_without_a_pair(tmp_path, capsys):
+    for seed, top1 in ((0, 90.0), (1, 80.0)):
+        write_result(tmp_path, "ipkd-ta", seed, [top1])
+    write_result(tmp_path, "ce", 2, [50.0])
+    assert run("--report", tmp_path) == 0 and "Differences" not in capsys.readouterr().out
+    write_result(tmp_path, "ce", 1, [80.5])
+    assert run("--report", tmp_path) == 0 and "| exit-1 | -0.50 |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("suffix, start", [("svg", b"<?xml"), ("png", b"\x89PNG")])
+def test_plot_draws_a_panel_for_each_setting_and_a_line_for_each_method(suffix, start, tmp_path, capsys, monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    figures = []
+    monkeypatch.setattr("matplotlib.figure.Figure", lambda **kwargs: figures.append(figure(**kwargs)) or figures[0])
+    for seed, (ce, ta) in enumerate([(90.0, 91.0), (92.0, 95.0)]):
+        write_result(tmp_path, "ce", seed, [ce, ce + 1])
+        write_result(tmp_path, "ipkd-ta", seed, [ta, ta + 2])
+    write_result(tmp_path, "ipkd-mean", 0, [80.0], arch="slimmable")
+    path = tmp_path / f"picture.{suffix}"
+    assert run("--report", tmp_path, "--plot", path) == 0
+    assert path.read_bytes().startswith(start) and "### msdnet on cifar10" in capsys.readouterr().out
+    left, right = figures[0].axes
+    assert left.get_title().startswith("msdnet") and right.get_title().startswith("slimmable")
+    for axes, methods in ((left, ["ce (2 runs)", "ipkd-ta (2 runs)"]), (right, ["ipkd-mean (1 run)"])):
+        assert axes.get_legend_handles_labels()[1] == methods and "MACs" in axes.get_xlabel() and "%" in axes.get_ylabel()
+    line, _, (bars,) = left.containers[1]
+    assert line.get_ydata().tolist() == [93, 95] and line.get_xdata() == pytest.approx([1, 2], rel=0.03)
+    assert [segment[:, 1].tolist() for segment in bars.get_segments()] == [pytest.approx([93 - 8**0.5, 93 + 8**0.5]),       # 91 and 95
+                                                                          pytest.approx([95 - 8**0.5, 95 + 8**0.5])]
+
+
+def test_plot_that_cannot_be_is_a_clear_error(tmp_path, capsys, monkeypatch):
+    write_result(tmp_path, "ce", 0, [90.0])
+    assert run("--plot", tmp_path / "a.svg") == 2 and "--plot needs --report" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib.figure", None)
+        assert run("--report", tmp_path, "--plot", tmp_path / "a.svg") == 2
+        assert "--plot needs matplotlib: pip install matplotlib" in capsys.readouterr().err
+    pytest.importorskip("matplotlib")
+    for name in ("a.pixels", "a", "no/a.svg"):
+        assert run("--report", tmp_path, "--plot", tmp_path / name) == 2
+        assert (err := capsys.readouterr().err).count("\n") == 1 and str(tmp_path / name) in err
+        assert not (tmp_path / name).exists() and not (tmp_path / f"{name}.tmp").exists()
 
 
 def test_report_refuses_two_runs_of_one_setting_and_seed(tmp_path, capsys):
@@ -1097,9 +1158,8 @@ def test_report_names_a_file_that_is_no_result(content, reason, tmp_path, capsys
 def test_run_cifar_trains_all_skips_what_is_finished_and_names_what_failed(tmp_path):
     def script(archs, methods):
         env = {**os.environ, "PYTHON": sys.executable, "DATASETS": "shapes", "EPOCHS": "1", "SEEDS": "0", "METHODS": methods, "ARCHS": archs,
-               "OUT": str(tmp_path)}
-        return subprocess.run(["bash", "run_cifar.sh", "--train-size", "64", "--exits", "2", "--base", "1", "--step", "1"], cwd=HERE, env=env,
-                              capture_output=True, text=True)
+               "OUT": str(tmp_path), "MSDNET": "--exits 2 --base 1 --step 1", "SLIMMABLE": "--exits 2"}
+        return subprocess.run(["bash", "run_cifar.sh", "--train-size", "64"], cwd=HERE, env=env, capture_output=True, text=True)
     done = script("slimmable msdnet", "ce")                             # slimmable fails: it has no --exits
     assert done.returncode == 1 and done.stderr.splitlines()[-1] == "run_cifar.sh: failed: slimmable-shapes-ce-seed0"
     assert "| sub-model | MMACs | params | ce (1 run) |" in done.stdout and "| exit-2 |" in done.stdout
