@@ -209,9 +209,9 @@ class SlimmableMobileNetV1(nn.Module):
         if not self.low <= width <= self.high:
             raise ValueError(f"width {width} is outside the trained range [{self.low}, {self.high}]")
         counts, key = self.channels(width), self._key(width)
-        if self.bn == "switchable" and key not in self.norms:
+        if self.bn == "switchable" and not self.calibrated(width):
             raise ValueError(f"width {width} was not trained, and a switchable model offers no others")
-        if tracked and key not in self.norms:
+        if tracked and not self.calibrated(width):
             raise ValueError(f"width {width} has no BatchNorm statistics yet: call calibrate(batches, [{width}]) first")
         norms = self.norms[key] if tracked else self.affine
         affine = self.affine if self.bn == "universal" else norms
@@ -258,6 +258,10 @@ class SlimmableMobileNetV1(nn.Module):
             for n, x in enumerate(batches, start=1):
                 self._run(x, layers, training=True, momentum=1 / n)
 
+    def calibrated(self, width):
+        """Whether the BatchNorm statistics of this width are known."""
+        return self._key(width) in self.norms
+
     def _add_norms(self, width):
         norms = (nn.BatchNorm2d(c, affine=self.bn == "switchable") for c in self.channels(width))
         self.norms[self._key(width)] = nn.ModuleList(norms).to(self.classifier.weight)
@@ -303,21 +307,22 @@ class SlimmableMobileNetV1(nn.Module):
         its weights, nothing else. which: k = 1 ... K of `widths`, or a width as a float (if universal: calibrated)."""
         if isinstance(which, int) and not 1 <= which <= len(self.widths):
             raise ValueError(f"k must be a whole number from 1 to {len(self.widths)}, got {which}")
-        modules = []
+        modules, random_state = [], torch.get_rng_state()
         for conv, *tensors in self._layers(self.widths[which - 1] if isinstance(which, int) else which, tracked=True):
             c_out, c_in, kernel, _ = tensors[0].shape
             groups = c_out if conv.groups > 1 else 1
             module = Conv2dNormActivation(c_in * groups, c_out, kernel, conv.stride, groups=groups,
-                                          activation_layer=nn.ReLU6)
+                                          activation_layer=nn.ReLU6).to(tensors[0])
             own = (module[0].weight, module[1].running_mean, module[1].running_var, module[1].weight, module[1].bias)
             for parameter, value in zip(own, tensors):
                 parameter.data.copy_(value.detach())
             modules.append(module)
-        classifier = nn.Linear(c_out, self.classifier.out_features)
+        classifier = nn.Linear(c_out, self.classifier.out_features).to(self.classifier.weight)
+        torch.set_rng_state(random_state)                # the modules drew weights in vain
         classifier.weight.data.copy_(self.classifier.weight.detach()[:, :c_out])
         classifier.bias.data.copy_(self.classifier.bias.detach())
         whole = nn.Sequential(*modules, nn.AdaptiveAvgPool2d(1), nn.Flatten(), classifier).eval()
-        return whole.to(self.classifier.weight).to(memory_format=torch.channels_last)
+        return whole.to(memory_format=torch.channels_last)
 
 
 # ====================================================================================================================
@@ -447,11 +452,16 @@ class MSDNet(nn.Module):
             elif isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
 
-    def forward(self, x):
-        """x: (N, 3, 32, 32) -> list of K logits (N, num_classes), exit 1 first."""
+    @staticmethod
+    def check_images(x):
+        """TypeError unless x is a floating-point tensor (N, 3, H, W)."""
         if not torch.is_tensor(x) or not x.is_floating_point() or x.ndim != 4 or x.shape[1] != 3:
             raise TypeError(f"x must be a floating-point tensor (N, 3, H, W), got {getattr(x, 'dtype', type(x))} "
                             f"{tuple(getattr(x, 'shape', ()))}")
+
+    def forward(self, x):
+        """x: (N, 3, 32, 32) -> list of K logits (N, num_classes), exit 1 first."""
+        self.check_images(x)
         logits = []
         for following, block, head in zip(reversed(range(len(self.heads))), self.blocks, self.heads):
             x = block(x)                                           # maps, finest scale first
@@ -544,14 +554,18 @@ def extract(model, which):
     Raises:
         ValueError: a sub-model that there is not.
     """
+    if not isinstance(which, (int, float)):
+        raise ValueError(f"k must be a whole number, or a width, got {which!r}")
     return model.extract(which)
 
 
 def fold_bn(model):
     """Merge every BatchNorm of an extracted sub-model into the convolution before it, in place; returns the model,
-    whose logits stay the same up to rounding. ValueError in training mode, where BatchNorm is no fixed map."""
-    if model.training:
-        raise ValueError("fold_bn needs a model in eval mode, got training mode")
+    whose logits stay the same up to rounding. ValueError for a flexible network, whose BatchNorms cannot be merged for
+    all widths at once, and in training mode, where BatchNorm is no fixed map."""
+    if model.training or isinstance(model, SlimmableMobileNetV1):
+        raise ValueError(f"fold_bn needs an extracted sub-model in eval mode, got {type(model).__name__} in "
+                         f"{'training' if model.training else 'eval'} mode")
     for module in model.modules():
         if isinstance(module, Conv2dNormActivation) and isinstance(module[1], nn.BatchNorm2d):
             module[0], module[1] = fuse_conv_bn_eval(module[0], module[1]), nn.Identity()
@@ -565,17 +579,21 @@ def early_exit(model, images, thresholds):
 
     Args:
         model: MSDNet in eval mode.
-        images: (N, 3, 32, 32), normalised.
+        images: floating-point (N, 3, 32, 32), normalised.
         thresholds: K numbers; an image leaves at the first exit whose largest softmax output is at least its threshold,
             and at the last in any case.
     Returns:
         predictions (N,) int64, and exits (N,) int64: the exit that each image took, 1 ... K.
     Raises:
-        ValueError: a model in training mode, or not K thresholds.
+        TypeError: another model, or images that are not such a tensor.
+        ValueError: a model in training mode, not K thresholds, or a NaN among them.
     """
-    if model.training or len(thresholds) != len(model.heads):
+    if not isinstance(model, MSDNet):
+        raise TypeError(f"early_exit needs an MSDNet, got {type(model).__name__}")
+    if model.training or len(thresholds) != len(model.heads) or any(math.isnan(t) for t in thresholds):
         raise ValueError(f"need a model in eval mode and {len(model.heads)} thresholds, got "
-                         f"{'training' if model.training else 'eval'} mode and {len(thresholds)} thresholds")
+                         f"{'training' if model.training else 'eval'} mode and thresholds {list(thresholds)}")
+    model.check_images(images)
     predictions, exits = torch.zeros(2, len(images), dtype=torch.int64, device=images.device)
     x, left = images, torch.arange(len(images), device=images.device)            # left: whom the rows of x belong to
     for k, (block, head, threshold) in enumerate(zip(model.blocks, model.heads, thresholds), start=1):
@@ -599,7 +617,11 @@ def exit_thresholds(confidence, shares):
         shares: K numbers that sum to 1.
     Returns:
         List of K floats, 2 where nobody leaves, the last one 0. Equal confidences leave together, more than asked for.
+    Raises:
+        ValueError: shares that are not K numbers from 0 to 1 with the sum 1.
     """
+    if len(shares) != len(confidence) or not all(0 <= share <= 1 for share in shares) or abs(sum(shares) - 1) > 1e-6:
+        raise ValueError(f"shares must be {len(confidence)} numbers from 0 to 1 with the sum 1, got {list(shares)}")
     thresholds, gone = [], torch.zeros(confidence.shape[1], dtype=torch.bool, device=confidence.device)
     for exit_confidence, share in zip(confidence[:-1], shares):
         wanted = min(round(share * len(gone)), int((~gone).sum()))
@@ -883,11 +905,15 @@ def train_step(model, images, labels, cfg, kd_weight, scaler, generator):
     return loss.detach(), parts
 
 
-def join_processes(device):
-    """Join the other processes that torchrun started: by NCCL on CUDA devices, else by gloo. Alone, nothing happens."""
+def join_processes():
+    """Join the other processes that torchrun started: by NCCL for CUDA tensors, by gloo for those on the CPU. Alone,
+    nothing happens. InputError when they cannot be found."""
     if int(os.environ.get("WORLD_SIZE", 1)) > process_count():
-        cuda = device.startswith("cuda") or device == "auto" and torch.cuda.is_available()
-        dist.init_process_group("nccl" if cuda else "gloo")
+        try:
+            dist.init_process_group()
+        except (ValueError, RuntimeError) as error:
+            raise InputError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, and the other processes cannot be joined "
+                             f"({one_line(error)[:100]}): start them by torchrun") from error
 
 
 def process_count():
@@ -906,8 +932,8 @@ def collectively(operation, *args):
         try:
             operation(*args)
         except RuntimeError as error:
-            print(f"ipkd_ta.py: error: another process is gone ({one_line(error)[:100]}); go on with --resume",
-                  file=sys.stderr)
+            print(f"ipkd_ta.py: error: another process is gone ({one_line(error)[:100]}); mend what it told of, if it "
+                  "did; a run that had begun goes on with --resume", file=sys.stderr)
             raise SystemExit(1) from error
 
 
@@ -1721,7 +1747,7 @@ def finish(model, data, cfg, sub_models, out=None, **more):
     print(results_table(sub_models))
     if cfg.val_size:
         more["validation"] = evaluate(model, data, "val")
-        if isinstance(model, MSDNet):
+        if isinstance(model, MSDNet) and process_rank() == 0:
             result = budgeted(model, data)
             print(f"\nthresholds from {cfg.val_size:,} validation images:\n{budget_table(result)}")
             if out:
@@ -1768,9 +1794,11 @@ def go_on(out, files, given, defaults):
 
 def run_evaluation(given):
     """Evaluate a checkpoint as its run did; slimmable networks with universal BatchNorm at any --widths."""
+    if set(given) & {"sub_model", "fold_bn"}:
+        raise InputError("--sub-model and --fold-bn need --export, the file to write")
     for name in set(given) - {"eval", "data_dir", "device", "widths", "out", "overwrite"}:
         raise InputError(f"{flag(name)} has no meaning with --eval, which takes the options of the checkpoint's run")
-    checkpoint = load_checkpoint(Path(given["eval"]))
+    checkpoint = load_checkpoint(given["eval"])
     cfg, model = restore(checkpoint, given["eval"])
     if "widths" in given and cfg.arch != "slimmable":
         raise InputError(f"--widths is an option of --arch slimmable, and '{given['eval']}' holds {cfg.arch}")
@@ -1781,11 +1809,7 @@ def run_evaluation(given):
         refuse_to_overwrite(out, ["config.json"], overwrite=False)               # a run: its results are not these
         refuse_to_overwrite(out, ["results.json"], given.get("overwrite", False))
 
-    data = load_data(cfg.dataset, cfg.data_dir, cfg.train_size, cfg.val_size)
-    if data.classes != checkpoint["classes"]:
-        raise InputError(f"the classes of '{cfg.data_dir}' are not those of '{given['eval']}'")
-    data = replace(data, mean=checkpoint["mean"], std=checkpoint["std"])
-    data = data.to(device, memory_format(cfg.arch, device))
+    data = load_same_data(cfg, checkpoint).to(device, memory_format(cfg.arch, device))
     model.to(device, memory_format=data.memory_format)
     try:
         if "widths" in given:
@@ -1799,15 +1823,24 @@ def run_evaluation(given):
     finish(model, data, cfg, sub_models, out, evaluated=given["eval"])
 
 
+def load_same_data(cfg, checkpoint):
+    """The Data of a checkpoint's run, normalised as there; InputError when --data-dir holds other classes."""
+    data = load_data(cfg.dataset, cfg.data_dir, cfg.train_size, cfg.val_size)
+    if data.classes != checkpoint["classes"]:
+        raise InputError(f"the classes of '{cfg.data_dir}' are not those that the checkpoint was trained on")
+    return replace(data, mean=checkpoint["mean"], std=checkpoint["std"])
+
+
 def restore(checkpoint, path):
-    """The options of a checkpoint's run and its model, on the CPU; InputError when they do not fit."""
+    """The options of a checkpoint's run and its model, on the CPU, in eval mode; InputError when they do not fit. path:
+    where the checkpoint is from, for the message."""
     cfg = SimpleNamespace(**{**build_parser()[1], **checkpoint["config"]})
     model = build_model(cfg, len(checkpoint["classes"]))
     try:
         model.load_state_dict(checkpoint["model"])
     except RuntimeError as error:
         raise InputError(f"'{path}': {one_line(error)}") from error
-    return cfg, model
+    return cfg, model.eval()
 
 
 def run_export(given):
@@ -1816,19 +1849,21 @@ def run_export(given):
     for name in set(given) - {"eval", "export", "sub_model", "fold_bn", "data_dir", "overwrite"}:
         raise InputError(f"{flag(name)} has no meaning with --export, which takes the options of the checkpoint's run")
     path = Path(given["export"])
+    if path.is_dir():
+        raise InputError(f"--export: '{path}' is a directory: name a file")
     if path.exists() and not given.get("overwrite"):
         raise InputError(f"--export: '{path}' exists: choose another name, or --overwrite")
-    checkpoint = load_checkpoint(Path(given["eval"]))
+    checkpoint = load_checkpoint(given["eval"])
     cfg, model = restore(checkpoint, given["eval"])
+    cfg.data_dir = given.get("data_dir", cfg.data_dir)
     universal = cfg.arch == "slimmable" and cfg.bn == "universal"
-    names = [sub.name for sub in model.eval().sub_models()]
+    names = [sub.name for sub in model.sub_models()]
     name = given.get("sub_model", names[-1])
     try:
         which = names.index(name) + 1 if name in names else float(name.removeprefix("width-"))
-        if universal and name not in names:                  # a width not measured yet
-            data = load_data(cfg.dataset, given.get("data_dir", cfg.data_dir), cfg.train_size, cfg.val_size)
-            data = replace(data, mean=checkpoint["mean"], std=checkpoint["std"])
-            model.calibrate(calibration_batches(data), [which])
+        width = model.widths[which - 1] if universal and name in names else which
+        if universal and not model.calibrated(width):        # never asked for, or of a checkpoint inside an epoch
+            model.calibrate(calibration_batches(load_same_data(cfg, checkpoint)), [width])
         program = extract(model, which)
     except ValueError as error:
         between = " and any width between" if universal else ""
@@ -1845,15 +1880,17 @@ def run_export(given):
 
 
 def write_program(model, path, about):
-    """Export a model for images (N, 3, 32, 32) of any N, and see that what was written gives the same logits."""
+    """Export a model for images (N, 3, 32, 32) of any N, with what there is to know about it, and see that the program
+    gives the same logits."""
     images, batch = torch.randn(5, 3, 32, 32), torch.export.Dim("batch")
     program = torch.export.export(model, (images[:2],), dynamic_shapes=({0: batch},))
-    if path.suffix == ".onnx":
+    if path.suffix.lower() == ".onnx":
         try:
             program = torch.onnx.export(program, dynamo=True, verbose=False)
         except ImportError as error:
             raise InputError(f"--export: '{path.name}' needs the packages onnx and onnxscript ({one_line(error)}): "
                              "install them, or take another ending for a program of torch.export") from error
+        program.model.metadata_props.update({key: json.dumps(value) for key, value in about.items()})
         replace_file(path, lambda file: file.write(program.model_proto.SerializeToString()))
         try:
             program.initialize_inference_session()       # by onnxruntime
@@ -1865,12 +1902,17 @@ def write_program(model, path, about):
         program.example_inputs = None
         for node in program.graph.nodes:
             node.meta = {k: v for k, v in node.meta.items() if k == "val"}    # no source lines: a third of it
-        replace_file(path, lambda file: torch.export.save(program, file, extra_files={"about.json": json.dumps(about)}))
-        run = torch.export.load(path).module()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "No complete tensor found")     # means channels-last weights; on the CPU
+            replace_file(path, lambda file: torch.export.save(program, file, extra_files={
+                "about.json": json.dumps(about)}))
+        run = torch.export.load(io.BytesIO(path.read_bytes())).module()
     with torch.no_grad():
-        difference = max((run(x) - model(x)).abs().max().item() for x in (images[:1], images))
+        expected = model(images)
+        found = torch.cat([run(images[:1]), run(images[1:])])
+    difference = ((found - expected).abs().max() / expected.abs().max().clamp_min(1)).item()
     if not difference < 1e-4:
-        raise InputError(f"'{path}' gives logits that differ by {difference:.1e}: do not use it")
+        raise InputError(f"'{path}' gives logits that differ by {difference:.1e} of the largest: do not use it")
 
 
 def refuse_to_overwrite(out, files, overwrite):
@@ -2040,13 +2082,15 @@ def run_command(given, defaults):
 
 def main(argv=None):
     """Run the command line; the exit status: 0 = finished, 2 = bad options or input."""
-    rank = int(os.environ.get("RANK", 0))        # set by torchrun
+    rank = int(os.environ.get("RANK", 0)) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else 0      # set by torchrun
     try:
         with contextlib.redirect_stdout(open(os.devnull, "w")) if rank else contextlib.nullcontext():
             given, defaults = parse(argv)
-            keep_freed_memory()
             if not set(given) & {"report", "benchmark", "eval"}:
-                join_processes(given.get("device", "auto"))
+                join_processes()
+            elif rank:
+                return 0                         # the first process does that alone
+            keep_freed_memory()
             run_command(given, defaults)
             if process_count() > 1:
                 dist.destroy_process_group()

@@ -1701,10 +1701,29 @@ def test_extraction_leaves_the_model_as_it_was():
 
 
 @pytest.mark.parametrize("model, which", [("msdnet", 0), ("msdnet", 4), ("msdnet", 1.5), ("msdnet", 1.0), ("universal", 0), ("universal", 4), ("universal", 0.9),
-                                          ("universal", 0.1), ("switchable", 0.12)])
+                                          ("universal", 0.1), ("switchable", 0.12), ("universal", None), ("msdnet", "exit-1")])
 def test_a_sub_model_that_there_is_not_is_refused(model, which):
     with pytest.raises(ValueError, match="k must be|width"):
         ipkd_ta.extract(tiny_model(model), which)
+
+
+def test_extraction_keeps_every_bit_of_float64_and_the_random_state():
+    model = tiny_model("universal").double()
+    model.calibrate([images_of(9).double()], [0.12])
+    state = torch.get_rng_state()
+    extracted = ipkd_ta.extract(model.eval(), 0.12)
+    assert torch.get_rng_state().equal(state)
+    torch.testing.assert_close(extracted(images_of(3).double()), model(images_of(3).double(), 0.12), rtol=1e-12, atol=1e-12)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{"exits": 1, "base": 1, "step": 1}, {"exits": 3, "base": 2, "step": 3}, {"exits": 4, "base": 1, "step": 1, "step_mode": "lin_grow"},
+                                     {"exits": 5, "base": 4, "step": 1}])
+def test_every_exit_of_other_networks_can_be_extracted(options):
+    torch.manual_seed(0)
+    model, x = MSDNet(10, channels=4, growth=2, **options).eval(), images_of(3)
+    for k, expected in enumerate(model(x), start=1):
+        torch.testing.assert_close(ipkd_ta.extract(model, k)(x), expected, rtol=1e-5, atol=1e-5)
 
 
 def offline(model, images, thresholds):
@@ -1728,11 +1747,30 @@ def test_early_exit_equals_the_offline_result_and_computes_no_more_than_it_needs
     assert seen == [n for n in ((exits >= k).sum().item() for k in range(1, 5)) if n]
 
 
-def test_early_exit_refuses_a_model_in_training_and_a_wrong_number_of_thresholds():
-    with pytest.raises(ValueError, match="training mode"):
-        ipkd_ta.early_exit(brief_msdnet(2).train(), images_of(1), [0, 0])
-    with pytest.raises(ValueError, match="2 thresholds, got eval mode and 1"):
-        ipkd_ta.early_exit(brief_msdnet(2), images_of(1), [0])
+def test_early_exit_takes_any_number_of_images_and_lets_a_tie_leave():
+    model, images = brief_msdnet(3), images_of(1)
+    with torch.no_grad():
+        tie = model(images)[0].softmax(1).max().item()
+    for threshold, expected in ((tie, 1), (math.nextafter(tie, 2) + 1e-6, 2)):
+        assert ipkd_ta.early_exit(model, images, [threshold, 0, 0])[1].tolist() == [expected]
+    assert ipkd_ta.early_exit(model, images, [2, 2, 2])[1].tolist() == [3]           # by the last in any case
+    predictions, exits = ipkd_ta.early_exit(model, images[:0], [0, 0, 0])
+    assert len(predictions) == len(exits) == 0
+
+
+@pytest.mark.parametrize("arguments, error, message", [
+    (lambda m, x: (m.train(), x, [0, 0]), ValueError, "training mode"), (lambda m, x: (m, x, [0]), ValueError, r"2 thresholds, got eval mode and thresholds \[0\]"),
+    (lambda m, x: (m, x, [math.nan, 0]), ValueError, "nan"), (lambda m, x: (tiny_model("universal"), x, [0, 0]), TypeError, "SlimmableMobileNetV1"),
+    (lambda m, x: (m, x.byte(), [0, 0]), TypeError, "uint8"), (lambda m, x: (m, x[0], [0, 0]), TypeError, r"\(3, 32, 32\)")])
+def test_early_exit_refuses_what_it_cannot_do(arguments, error, message):
+    with pytest.raises(error, match=message):
+        ipkd_ta.early_exit(*arguments(brief_msdnet(2), images_of(1)))
+
+
+@pytest.mark.parametrize("shares", [[1], [1, 1, 1], [1.5, -0.5, 0], [math.nan, 0.5, 0.5]])
+def test_thresholds_for_impossible_shares_are_refused(shares):
+    with pytest.raises(ValueError, match="3 numbers from 0 to 1 with the sum 1"):
+        ipkd_ta.exit_thresholds(torch.rand(3, 10), shares)
 
 
 def test_thresholds_let_the_wanted_shares_leave_the_surest_first():
@@ -1811,25 +1849,48 @@ def test_gradient_equilibrium_gives_each_block_the_mean_of_what_the_exits_from_i
         torch.testing.assert_close(balanced.get_parameter(weight).grad, sum(sent) / len(sent), rtol=1e-9, atol=1e-9)
 
 
-def test_exported_programs_run_without_this_project_and_give_the_same_logits(trained, tmp_path):
+def test_exported_programs_run_without_this_project_and_give_the_same_logits(trained, tmp_path, capfd):
     expected, x = {}, images_of(3)
-    for name, sub_model, which, options in (("msdnet", "exit-2", 2, ["--fold-bn"]), ("slimmable", "width-0.12", 0.12, [])):
+    for name, file, sub_model, which, options in (("msdnet", "exit-2", "exit-2", 2, ["--fold-bn"]), ("slimmable", "a.pt2", "width-0.12", 0.12, [])):
         _, model = ipkd_ta.restore(ipkd_ta.load_checkpoint(trained / name / "checkpoint.pt"), "")
         if name == "slimmable":
             model.calibrate(ipkd_ta.calibration_batches(ipkd_ta.load_data("shapes", None, 40)), [which])
         with torch.no_grad():
-            expected[sub_model] = ipkd_ta.extract(model.eval(), which)(x)
-        assert run("--eval", trained / name / "checkpoint.pt", "--export", tmp_path / sub_model, "--sub-model", sub_model, *options) == 0
+            expected[file] = ipkd_ta.extract(model, which)(x)
+        assert run("--eval", trained / name / "checkpoint.pt", "--export", tmp_path / file, "--sub-model", sub_model, *options) == 0
+    assert capfd.readouterr().err == ""                                 # none of torch's warnings either
     torch.save((x, expected), tmp_path / "expected.pt")
-    program = """import json, sys, torch
+    program = """import io, json, pathlib, sys, torch
 x, expected = torch.load("expected.pt")
-for name, z in expected.items():
+for file, z in expected.items():
     about = {"about.json": ""}
-    run = torch.export.load(name, extra_files=about).module()
+    run = torch.export.load(io.BytesIO(pathlib.Path(file).read_bytes()), extra_files=about).module()
     assert max((run(x[:n]) - z[:n]).abs().max() for n in (1, 3)) < 1e-4
     print(json.loads(about["about.json"])["sub-model"], "ipkd_ta" in sys.modules)"""
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout.split() == ["exit-2", "False", "width-0.12", "False"], done.stderr
+
+
+def test_a_width_of_a_checkpoint_inside_an_epoch_is_calibrated_for_its_export(trained, tmp_path, monkeypatch):
+    content = torch.load(trained / "slimmable" / "checkpoint.pt", weights_only=True)
+    content["model"] = {name: value for name, value in content["model"].items() if not name.startswith("norms")}
+    torch.save(content, tmp_path / "checkpoint.pt")
+    exported = []
+    monkeypatch.setattr(ipkd_ta, "write_program", lambda model, path, about: exported.append(model) or path.touch())
+    for checkpoint in (trained / "slimmable" / "checkpoint.pt", tmp_path / "checkpoint.pt"):
+        assert run("--eval", checkpoint, "--export", tmp_path / "a.pt2", "--sub-model", "width-0.1", "--overwrite") == 0
+    a, b = (model(images_of(3)) for model in exported)
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_an_export_refuses_to_calibrate_on_images_of_other_classes(tmp_path, capsys):
+    folder = write_images(tmp_path / "data")
+    assert run(*TINY["slimmable"], "--dataset", "folder", "--data-dir", folder, "--epochs", 1, "--out", tmp_path / "run") == 0
+    first = sorted((folder / "train").iterdir())[0].name
+    for split in ("train", "test"):
+        (folder / split / first).rename(folder / split / "another")
+    assert run("--eval", tmp_path / "run/checkpoint.pt", "--export", tmp_path / "a.pt2", "--sub-model", "width-0.12") == 2
+    assert "are not those that the checkpoint was trained on" in capsys.readouterr().err and not (tmp_path / "a.pt2").exists()
 
 
 def test_an_onnx_file_gives_the_same_logits(trained, tmp_path):
@@ -1841,6 +1902,7 @@ def test_an_onnx_file_gives_the_same_logits(trained, tmp_path):
     with torch.no_grad():
         expected = ipkd_ta.extract(model.eval(), 1)(x)
     program = session(tmp_path / "a.onnx")
+    assert json.loads(program.get_modelmeta().custom_metadata_map["classes"]) == list(ipkd_ta.SHAPES)
     for n in (1, 3):
         found, = program.run(None, {program.get_inputs()[0].name: x[:n].numpy()})
         torch.testing.assert_close(torch.from_numpy(found), expected[:n], rtol=1e-4, atol=1e-4)
@@ -1867,6 +1929,8 @@ def test_export_names_what_it_cannot_do(options, message, trained, tmp_path, cap
 
 def test_export_needs_a_checkpoint_and_replaces_no_file_unasked(trained, tmp_path, capfd):
     assert run("--export", tmp_path / "a.pt2") == 2 and "need --eval" in capfd.readouterr().err
+    assert run("--eval", "c.pt", "--fold-bn") == 2 and "need --export" in capfd.readouterr().err
+    assert run("--eval", "c.pt", "--export", "") == 2 and "--export: '.' is a directory" in capfd.readouterr().err
     (tmp_path / "a.pt2").write_text("mine")
     assert run("--eval", trained / "msdnet" / "checkpoint.pt", "--export", tmp_path / "a.pt2") == 2
     assert (tmp_path / "a.pt2").read_text() == "mine"
@@ -1878,11 +1942,13 @@ TOGETHER = """
 import os, signal, sys, torch, ipkd_ta, test_ipkd_ta as tests
 ipkd_ta.SHAPES_TEST, out = 50, sys.argv[1]
 if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-    ipkd_ta.join_processes("cpu")
+    ipkd_ta.join_processes()
 found = {arch: tests.weights_after_some_steps(arch) for arch in ("msdnet", "universal", "switchable")}
 found["evaluation"] = ipkd_ta.evaluate(tests.brief_msdnet(2), ipkd_ta.load_data("shapes", None, 40))
 if ipkd_ta.process_rank() == 0:
     torch.save(found, out + "/found.pt")
+ipkd_ta.dist.destroy_process_group = lambda: None          # they stay together for a second run
+assert ipkd_ta.main([*tests.TINY["msdnet"], *tests.QUICK, "--val-size", "11", "--out", out + "/whole"]) == 0
 steps = []
 def step(self, *args):
     if len(steps) == 7 and ipkd_ta.process_rank() == 1:      # in the third epoch of 3 steps each
@@ -1916,7 +1982,7 @@ def two_processes(tmp_path_factory):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", root / "together.py", root]
     done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=200,
                           env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"})
-    assert (root / "found.pt").exists(), done.stderr
+    assert (root / "found.pt").exists() and (root / "run/checkpoint.pt").exists(), done.stderr
     return root, done
 
 
@@ -1935,6 +2001,31 @@ def test_two_processes_share_the_evaluation(two_processes):
         assert sub == pytest.approx(expected, rel=1e-6)
 
 
+def test_the_results_of_two_processes_are_those_of_their_checkpoint(two_processes, tmp_path):
+    whole = two_processes[0] / "whole"
+    assert run("--eval", whole / "checkpoint.pt", "--out", tmp_path / "alone") == 0
+    together, alone = results(whole), results(tmp_path / "alone")
+    for key in ("sub_models", "validation"):
+        for sub, expected in zip(together[key], alone[key], strict=True):
+            assert (sub["top1"], sub["loss"]) == (pytest.approx(expected["top1"]), pytest.approx(expected["loss"], rel=1e-5))
+    assert together["processes"] == 2 and json.loads((whole / "budget.json").read_text()) == json.loads((tmp_path / "alone/budget.json").read_text())
+
+
+@pytest.mark.parametrize("rank, printed", [(0, "### msdnet"), (1, "")])
+def test_of_several_processes_only_the_first_does_what_is_not_training(rank, printed, tmp_path, capsys, monkeypatch):
+    write_result(tmp_path, "ce", 0, [90.0])
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", str(rank))):
+        monkeypatch.setenv(name, value)
+    assert run("--report", tmp_path) == 0 and capsys.readouterr().out.startswith(printed) and rank + bool(printed) == 1
+    assert run("--eval", "nothing.pt") == 2 * (not rank)
+
+
+def test_processes_that_torchrun_did_not_start_are_refused_in_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run(*QUICK, "--out", tmp_path / "run") == 2
+    assert "start them by torchrun" in (err := capsys.readouterr().err) and err.count("\n") == 1
+
+
 def test_the_death_of_a_process_ends_the_run_and_one_process_alone_resumes_it(two_processes, tmp_path, capsys):
     root, done = two_processes
     assert done.returncode != 0 and "another process is gone" in done.stderr and not (root / "run/results.json").exists()
@@ -1942,7 +2033,6 @@ def test_the_death_of_a_process_ends_the_run_and_one_process_alone_resumes_it(tw
     assert run("--resume", "--out", run_directory) == 0
     assert "resuming after 2 epochs" in capsys.readouterr().out
     assert results(run_directory)["processes"] == 1
-
 
 
 def test_processes_that_begin_with_other_labels_do_not_train_together(monkeypatch):
@@ -1961,8 +2051,9 @@ def test_processes_that_begin_with_other_labels_do_not_train_together(monkeypatc
 
 def test_folding_needs_eval_mode_and_may_be_repeated():
     extracted, x = ipkd_ta.extract(brief_msdnet(2), 1), images_of(3)
-    with pytest.raises(ValueError, match="eval mode, got training mode"):
-        ipkd_ta.fold_bn(extracted.train())
+    for model in (extracted.train(), tiny_model("universal").eval()):
+        with pytest.raises(ValueError, match="extracted sub-model in eval mode, got"):
+            ipkd_ta.fold_bn(model)
     folded = ipkd_ta.fold_bn(extracted.eval())
     expected = folded(x)
     assert ipkd_ta.fold_bn(folded)(x).equal(expected)
