@@ -1679,7 +1679,9 @@ def train_and_write(trainer, costs, out, damaged):
     """Train to the end, keeping the files in `out` up to date. SIGINT and SIGTERM end it after a step and a checkpoint.
     damaged: the checkpoint.pt that is there cannot be read, and must not take the place of the one before."""
     model, data, cfg = trainer.model, trainer.data, trainer.cfg
-    start, progress, saved, signals = time.perf_counter(), Progress(), time.perf_counter(), []
+    start, saved, signals = time.perf_counter(), time.perf_counter(), []
+    steps_per_epoch = math.ceil(len(data.train_images) / cfg.batch_size)
+    progress = Progress((trainer.epoch + trainer.steps / steps_per_epoch) / cfg.epochs)
     smallest, largest, sub_models = costs[0]["name"], costs[-1]["name"], None
 
     def save():
@@ -2021,16 +2023,18 @@ def load_checkpoint(path):
 
 
 class Progress:
-    """One live line on stderr with the share done and the time left; nothing when stderr is not a terminal."""
+    """One live line on stderr with the share done and the time left; nothing when stderr is not a terminal. begun: the
+    share that was done before."""
 
-    def __init__(self):
-        self.shown = self.start = time.perf_counter()
+    def __init__(self, begun):
+        self.begun, self.shown = begun, time.perf_counter()
+        self.start = self.shown
         self.live = sys.stderr.isatty()
 
     def __call__(self, share):
         now = time.perf_counter()
         if self.live and now - self.shown > 0.2:
-            self.shown, left = now, (now - self.start) * (1 - share) / share
+            self.shown, left = now, (now - self.start) * (1 - share) / (share - self.begun)
             left = f"{int(left) // 3600}:{int(left) // 60 % 60:02}:{int(left) % 60:02}"
             print(f"\r\x1b[K{share:6.1%} done, {left} left", end="", file=sys.stderr, flush=True)
 

@@ -664,15 +664,16 @@ def test_cuda_trains_and_evaluates(arch, amp, tmp_path):
     assert all(math.isfinite(s["loss"]) for s in results(tmp_path)["sub_models"])
 
 
-def test_a_terminal_sees_a_live_line_with_the_time_left_and_a_file_nothing(monkeypatch, capsys):
+@pytest.mark.parametrize("begun, left", [(0, "30:00:00"), (0.2, "150:00:00")])          # resumed: 5 % took ten hours
+def test_a_terminal_sees_a_live_line_with_the_time_left_and_a_file_nothing(begun, left, monkeypatch, capsys):
     clock = iter([0.0, 0.1, 36_000.0])
     monkeypatch.setattr(ipkd_ta.time, "perf_counter", lambda: next(clock))
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    progress = ipkd_ta.Progress()
-    progress(0.01)                               # too soon after the last line
+    progress = ipkd_ta.Progress(begun)
+    progress(0.21)                               # too soon after the last line
     assert capsys.readouterr().err == ""
     progress(0.25)
-    assert capsys.readouterr().err == "\r\x1b[K 25.0% done, 30:00:00 left"
+    assert capsys.readouterr().err == "\r\x1b[K 25.0% done, " + left + " left"
     progress.clear()
     assert capsys.readouterr().err == "\r\x1b[K"
 
