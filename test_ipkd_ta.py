@@ -2009,7 +2009,11 @@ def test_the_results_of_two_processes_are_those_of_their_checkpoint(two_processe
     for key in ("sub_models", "validation"):
         for sub, expected in zip(together[key], alone[key], strict=True):
             assert (sub["top1"], sub["loss"]) == (pytest.approx(expected["top1"]), pytest.approx(expected["loss"], rel=1e-5))
-    assert together["processes"] == 2 and json.loads((whole / "budget.json").read_text()) == json.loads((tmp_path / "alone/budget.json").read_text())
+    assert together["processes"] == 2
+    budgets, expected = (json.loads((out / "budget.json").read_text())["budgets"] for out in (whole, tmp_path / "alone"))
+    for budget, other in zip(budgets, expected, strict=True):       # split otherwise, and so rounded otherwise
+        assert budget["thresholds"] == pytest.approx(other["thresholds"], abs=1e-5)
+        assert budget["exits"] == pytest.approx(other["exits"], abs=0.021)       # one of 50 images at a threshold
 
 
 @pytest.mark.parametrize("rank, printed", [(0, "### msdnet"), (1, "")])
