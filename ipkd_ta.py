@@ -195,10 +195,7 @@ class SlimmableMobileNetV1(nn.Module):
             raise TypeError(f"x must be a floating-point tensor (N, 3, H, W), got {getattr(x, 'dtype', type(x))} "
                             f"{tuple(getattr(x, 'shape', ()))}")
         for conv, weight, mean, var, gamma, beta in layers:
-            if conv.kernel_size == (1, 1) and x.is_contiguous(memory_format=torch.channels_last):
-                x = F.linear(x.movedim(1, -1), weight.flatten(1)).movedim(-1, 1)      # the same by a matrix product
-            else:
-                x = F.conv2d(x, weight, None, conv.stride, conv.padding, groups=len(weight) if conv.groups > 1 else 1)
+            x = F.conv2d(x, weight, None, conv.stride, conv.padding, groups=len(weight) if conv.groups > 1 else 1)
             x = F.relu6(F.batch_norm(x, mean, var, gamma, beta, training, momentum))
         x = x.mean(dim=(2, 3))                                                       # (N, channels of the last layer)
         return F.linear(x, self.classifier.weight[:, :x.shape[1]], self.classifier.bias)
