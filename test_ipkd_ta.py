@@ -1021,6 +1021,16 @@ def test_help_gives_every_option_with_its_default(capsys):
     assert len(defaults) > 20
 
 
+@pytest.mark.parametrize("arch, dataset, kd_weight, temperature", [("msdnet", "cifar10", 0.5, 3), ("slimmable", "cifar10", 0.9, 1),
+                                                                    ("msdnet", "shapes", 0.5, 3), ("slimmable", "shapes", 0.9, 1)])
+def test_each_family_has_distillation_defaults_of_its_own_and_the_command_line_wins(arch, dataset, kd_weight, temperature):
+    options = lambda *more: ipkd_ta.settle(*ipkd_ta.parse(["--arch", arch, "--dataset", dataset, *more]))
+    cfg = options()
+    assert (cfg.kd_weight, cfg.temperature, cfg.kd_warmup) == (kd_weight, temperature, 1)
+    cfg = options("--kd-weight", "0", "--temperature", "2", "--epochs", "7", "--schedule", "linear")
+    assert (cfg.kd_weight, cfg.temperature, cfg.epochs, cfg.schedule) == (0, 2, 7, "linear")
+
+
 def test_a_run_is_never_overwritten_unasked(trained, tmp_path, capsys):
     before = {p.name: p.read_bytes() for p in (trained / "msdnet").iterdir()}
     assert run("--out", trained / "msdnet", *TINY["msdnet"], *QUICK) == 2
