@@ -551,15 +551,17 @@ def extract(model, which):
     Raises:
         ValueError: a sub-model that there is not.
     """
+    if not hasattr(model, "extract"):
+        raise TypeError(f"extract needs an MSDNet or a SlimmableMobileNetV1, got {type(model).__name__}")
     if not isinstance(which, (int, float)):
         raise ValueError(f"k must be a whole number, or a width, got {which!r}")
     return model.extract(which)
 
 
 def fold_bn(model):
-    """Merge every BatchNorm of an extracted sub-model into the convolution before it, in place; returns the model,
-    whose logits stay the same up to rounding. ValueError for a flexible network, whose BatchNorms cannot be merged for
-    all widths at once, and in training mode, where BatchNorm is no fixed map."""
+    """Merge every BatchNorm of an extracted sub-model, or of a whole MSDNet, into the convolution before it, in place;
+    returns the model, whose logits stay the same up to rounding. ValueError for a slimmable network, whose BatchNorms
+    cannot be merged for all widths at once, and in training mode, where BatchNorm is no fixed map."""
     if model.training or isinstance(model, SlimmableMobileNetV1):
         raise ValueError(f"fold_bn needs an extracted sub-model in eval mode, got {type(model).__name__} in "
                          f"{'training' if model.training else 'eval'} mode")
@@ -1009,9 +1011,9 @@ class Trainer:
         """Wait for the device; InputError when a loss of this epoch was not finite."""
         if not math.isfinite(self.loss_sum.item()):
             step, lr, _, parts = next((s for s in self.unchecked if not s[2].isfinite()), self.unchecked[-1])
-            bad = [name for name, part in parts.items() if not part.isfinite()] or parts
-            raise diverged(f"in step {step} of epoch {self.epoch + 1}, at learning rate {lr:.4g}, the loss of "
-                           f"{', '.join(bad)} is not finite", self.cfg)
+            bad = [name for name, part in parts.items() if not part.isfinite()]      # none: in another process
+            raise diverged(f"in step {step} of epoch {self.epoch + 1}, at learning rate {lr:.4g}, the loss"
+                           f"{' of ' * bool(bad)}{', '.join(bad)} is not finite", self.cfg)
         self.unchecked.clear()
 
 
@@ -1522,8 +1524,8 @@ def build_parser():
         choices=("universal", "switchable"))
 
     g = parser.add_argument_group("files and other modes")
-    add(g, "--out", None, "directory of config.json, metrics.jsonl, checkpoint.pt and results.json; with --eval of the "
-        "last one alone", "runs/ARCH-DATASET-METHOD-seedN; with --eval none", metavar="DIR")
+    add(g, "--out", None, "directory of config.json, metrics.jsonl, checkpoint.pt and results.json; with --eval of "
+        "results.json (and budget.json) alone", "runs/ARCH-DATASET-METHOD-seedN; with --eval none", metavar="DIR")
     add(g, "--overwrite", False, "replace the run that --out holds", "refuse", action="store_true")
     add(g, "--checkpoint-every", 0, "seconds between checkpoints inside an epoch; 0: at its end alone",
         type=number(float, 0))
@@ -1806,7 +1808,7 @@ def run_evaluation(given):
     out = Path(given["out"]) if "out" in given else None
     if out:
         refuse_to_overwrite(out, ["config.json"], overwrite=False)               # a run: its results are not these
-        refuse_to_overwrite(out, ["results.json"], given.get("overwrite", False))
+        refuse_to_overwrite(out, ["results.json", "budget.json"], given.get("overwrite", False))
 
     data = load_same_data(cfg, checkpoint).to(device, memory_format(cfg.arch, device))
     model.to(device, memory_format=data.memory_format)
@@ -1852,6 +1854,8 @@ def run_export(given):
         raise InputError(f"--export: '{path}' is a directory: name a file")
     if path.exists() and not given.get("overwrite"):
         raise InputError(f"--export: '{path}' exists: choose another name, or --overwrite")
+    if path.exists() and os.path.exists(given["eval"]) and path.samefile(given["eval"]):
+        raise InputError(f"--export: '{path}' is the checkpoint itself: choose another name")
     checkpoint = load_checkpoint(given["eval"])
     cfg, model = restore(checkpoint, given["eval"])
     cfg.data_dir = given.get("data_dir", cfg.data_dir)
@@ -1861,7 +1865,8 @@ def run_export(given):
     try:
         which = names.index(name) + 1 if name in names else float(name.removeprefix("width-"))
         width = model.widths[which - 1] if universal and name in names else which
-        if universal and not model.calibrated(width):        # never asked for, or of a checkpoint inside an epoch
+        offered = universal and model.low <= width <= model.high
+        if offered and not model.calibrated(width):          # never asked for, or of a checkpoint inside an epoch
             model.calibrate(calibration_batches(load_same_data(cfg, checkpoint)), [width])
         program = extract(model, which)
     except ValueError as error:
@@ -1879,9 +1884,9 @@ def run_export(given):
 
 
 def write_program(model, path, about):
-    """Export a model for images (N, 3, 32, 32) of any N, with what there is to know about it, and see that the program
-    gives the same logits."""
-    images, batch = torch.randn(5, 3, 32, 32), torch.export.Dim("batch")
+    """Export a model for images (N, 3, 32, 32) of any N, with what there is to know about it, when the program is seen
+    to give the same logits."""
+    images, batch, content, run = torch.randn(5, 3, 32, 32), torch.export.Dim("batch"), io.BytesIO(), None
     program = torch.export.export(model, (images[:2],), dynamic_shapes=({0: batch},))
     if path.suffix.lower() == ".onnx":
         try:
@@ -1890,28 +1895,29 @@ def write_program(model, path, about):
             raise InputError(f"--export: '{path.name}' needs the packages onnx and onnxscript ({one_line(error)}): "
                              "install them, or take another ending for a program of torch.export") from error
         program.model.metadata_props.update({key: json.dumps(value) for key, value in about.items()})
-        replace_file(path, lambda file: file.write(program.model_proto.SerializeToString()))
+        content.write(program.model_proto.SerializeToString())
         try:
             program.initialize_inference_session()       # by onnxruntime
+            run = lambda x: program(x)[0]
         except ImportError:
             print("onnxruntime is not installed: the file was not run")
-            return
-        run = lambda x: program(x)[0]
     else:
         program.example_inputs = None
         for node in program.graph.nodes:
             node.meta = {k: v for k, v in node.meta.items() if k == "val"}    # no source lines: a third of it
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "No complete tensor found")     # means channels-last weights; on the CPU
-            replace_file(path, lambda file: torch.export.save(program, file, extra_files={
-                "about.json": json.dumps(about)}))
-        run = torch.export.load(io.BytesIO(path.read_bytes())).module()
-    with torch.no_grad():
-        expected = model(images)
-        found = torch.cat([run(images[:1]), run(images[1:])])
-    difference = ((found - expected).abs().max() / expected.abs().max().clamp_min(1)).item()
-    if not difference < 1e-4:
-        raise InputError(f"'{path}' gives logits that differ by {difference:.1e} of the largest: do not use it")
+            torch.export.save(program, content, extra_files={"about.json": json.dumps(about)})
+        run = torch.export.load(io.BytesIO(content.getvalue())).module()
+    if run:
+        with torch.no_grad():
+            expected = model(images)
+            found = torch.cat([run(images[:1]), run(images[1:])])
+        difference = ((found - expected).abs().max() / expected.abs().max().clamp_min(1)).item()
+        if not difference < 1e-4:
+            raise InputError(f"--export: the program gives logits that differ by {difference:.1e} of the largest: "
+                             f"'{path}' is not written")
+    replace_file(path, lambda file: file.write(content.getbuffer()))
 
 
 def refuse_to_overwrite(out, files, overwrite):

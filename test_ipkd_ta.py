@@ -1938,6 +1938,35 @@ def test_export_names_what_it_cannot_do(options, message, trained, tmp_path, cap
     assert re.search(message, capfd.readouterr().err) and not list(tmp_path.iterdir())
 
 
+def test_a_program_that_gives_other_logits_is_not_written(trained, tmp_path, capfd, monkeypatch):
+    class Wrong:
+        def module(self):
+            return lambda x: torch.zeros(len(x), 10) + 9
+    (tmp_path / "a.pt2").write_text("before")
+    monkeypatch.setattr(torch.export, "load", lambda file: Wrong())
+    assert run("--eval", trained / "msdnet" / "checkpoint.pt", "--export", tmp_path / "a.pt2", "--overwrite") == 2
+    assert "is not written" in capfd.readouterr().err and (tmp_path / "a.pt2").read_text() == "before"
+
+
+def test_export_never_replaces_the_checkpoint_itself(trained, tmp_path, capfd):
+    copied = tmp_path / "c.pt"
+    copied.write_bytes((trained / "msdnet" / "checkpoint.pt").read_bytes())
+    assert run("--eval", copied, "--export", copied, "--overwrite") == 2
+    assert "is the checkpoint itself" in capfd.readouterr().err
+    assert copied.read_bytes() == (trained / "msdnet" / "checkpoint.pt").read_bytes()
+
+
+def test_a_width_that_is_not_offered_is_refused_before_any_image_is_read(trained, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(ipkd_ta, "load_data", lambda *args: pytest.fail("images were read"))
+    assert run("--eval", trained / "slimmable" / "checkpoint.pt", "--export", tmp_path / "a.pt2", "--sub-model", "width-9") == 2
+    assert "--sub-model width-9" in capfd.readouterr().err
+
+
+def test_only_a_flexible_network_can_be_extracted_from():
+    with pytest.raises(TypeError, match="got Linear"):
+        ipkd_ta.extract(torch.nn.Linear(1, 1), 1)
+
+
 def test_export_needs_a_checkpoint_and_replaces_no_file_unasked(trained, tmp_path, capfd):
     assert run("--export", tmp_path / "a.pt2") == 2 and "need --eval" in capfd.readouterr().err
     assert run("--eval", "c.pt", "--fold-bn") == 2 and "need --export" in capfd.readouterr().err
