@@ -549,6 +549,7 @@ def extract(model, which):
         which: k = 1 (smallest) ... K as an int; of a slimmable network also a width as a float. A universal one must
             have been calibrated at that width.
     Raises:
+        TypeError: a model that is no flexible network.
         ValueError: a sub-model that there is not.
     """
     if not hasattr(model, "extract"):
