@@ -898,7 +898,7 @@ def test_evaluation_counts_top1_top5_and_loss():
     generator = torch.Generator().manual_seed(0)
     labels, logits = torch.randint(10, (33,), generator=generator), torch.randn(2, 33, 10, generator=generator)
     model = nn.Module()
-    model.all_logits = lambda x: [z[x.long()] for z in logits]
+    model.forward = lambda x: [z[x.long()] for z in logits]
     data = SimpleNamespace(test_images=torch.arange(33), test_labels=labels, normalise=lambda x: x)
     found = ipkd_ta.evaluate(model, data, batch_size=10)
     for z, sub in zip(logits, found):
@@ -907,6 +907,17 @@ def test_evaluation_counts_top1_top5_and_loss():
         assert sub["top5"] == pytest.approx(100 * sum(r < 5 for r in rank) / 33)
         assert sub["loss"] == pytest.approx(F.cross_entropy(z, labels).item(), rel=1e-5)
     assert len(found) == 2
+
+
+def test_evaluation_takes_the_logits_of_each_width():
+    data = ipkd_ta.load_data("shapes", None, 60)
+    model = SlimmableMobileNetV1(10, widths=(0.05, 0.1)).to(memory_format=torch.channels_last)
+    model.calibrate(ipkd_ta.calibration_batches(data))
+    model.eval()
+    for width, sub in zip(model.widths, ipkd_ta.evaluate(model, data)):
+        with torch.no_grad():
+            logits = model(data.normalise(data.test_images), width)
+        assert sub["loss"] == pytest.approx(F.cross_entropy(logits, data.test_labels).item(), rel=1e-5)
 
 
 @pytest.fixture(scope="module")
