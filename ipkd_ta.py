@@ -554,12 +554,14 @@ def extract(model, which):
 def fold_bn(model):
     """Merge every BatchNorm of an extracted sub-model, or of a whole MSDNet, into the convolution before it, in place;
     returns the model, whose logits stay the same up to rounding. ValueError for a slimmable network, whose BatchNorms
-    cannot be merged for all widths at once, and in training mode, where BatchNorm is no fixed map."""
-    if model.training or isinstance(model, SlimmableMobileNetV1):
+    cannot be merged for all widths at once, for a model of other layers, and in training mode, where BatchNorm is no
+    fixed map."""
+    layers = [module for module in model.modules() if isinstance(module, Conv2dNormActivation)]
+    if model.training or not layers:
         raise ValueError(f"fold_bn needs an extracted sub-model in eval mode, got {type(model).__name__} in "
                          f"{'training' if model.training else 'eval'} mode")
-    for module in model.modules():
-        if isinstance(module, Conv2dNormActivation) and isinstance(module[1], nn.BatchNorm2d):
+    for module in layers:
+        if isinstance(module[1], nn.BatchNorm2d):
             module[0], module[1] = fuse_conv_bn_eval(module[0], module[1]), nn.Identity()
     return model
 
@@ -612,8 +614,9 @@ def exit_thresholds(confidence, shares):
     Raises:
         ValueError: shares that are not K numbers from 0 to 1 with the sum 1.
     """
+    shares = [float(share) for share in shares]
     if len(shares) != len(confidence) or not all(0 <= share <= 1 for share in shares) or abs(sum(shares) - 1) > 1e-6:
-        raise ValueError(f"shares must be {len(confidence)} numbers from 0 to 1 with the sum 1, got {list(shares)}")
+        raise ValueError(f"shares must be {len(confidence)} numbers from 0 to 1 with the sum 1, got {shares}")
     thresholds, gone = [], torch.zeros(confidence.shape[1], dtype=torch.bool, device=confidence.device)
     for exit_confidence, share in zip(confidence[:-1], shares):
         wanted = min(round(share * len(gone)), int((~gone).sum()))
@@ -1042,14 +1045,14 @@ def train(trainer, tick):
 
 
 def compile_model(model, device):
-    """Have torch.compile make the model's training passes, at its first step; tells and leaves the model as it is where
-    that cannot work."""
+    """Have torch.compile make the model's training passes, at its first step, on a GPU as CUDA graphs; tells and leaves
+    the model as it is where that cannot work."""
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
     except Exception as error:              # no C++ compiler, no Triton: torch raises many types
         print(f"--compile does not work here, going on without ({one_line(error)[:200]})", file=sys.stderr)
         return
-    model.compile()
+    model.compile(mode="reduce-overhead" if device.type == "cuda" else "default")
 
 
 # ====================================================================================================================
@@ -1105,7 +1108,7 @@ def budgeted(model, data):
     macs = torch.tensor(costs, dtype=torch.float64, device=confidence.device)
     for q in (i / 10 for i in range(1, 21)):
         shares = q ** torch.arange(1, len(costs) + 1, dtype=torch.float64)
-        thresholds = exit_thresholds(answers["val"][0], (shares / shares.sum()).tolist())
+        thresholds = exit_thresholds(answers["val"][0], shares / shares.sum())
         sure = confidence >= torch.tensor(thresholds, device=confidence.device)[:, None]
         exits = sure.int().argmax(dim=0)                                              # (N,), the first that is sure
         budgets.append({"q": q, "macs": macs[exits].mean().item(),

@@ -1222,7 +1222,7 @@ def test_benchmark_prints_both_steps_and_the_ratio_of_their_medians(arch, capsys
     assert re.fullmatch(r"matrix products: float32 \d+ GFLOP/s", products)
 
 
-def test_a_matrix_product_gives_the_same_as_the_1x1_convolutions_of_other_memory_formats():
+def test_both_memory_formats_give_the_same_logits():
     model, x = tiny_model("universal"), torch.randn(4, 3, 32, 32)
     torch.testing.assert_close(model(x.to(memory_format=torch.channels_last), 0.1), model(x.contiguous(), 0.1), rtol=1e-3, atol=1e-5)
 
@@ -1231,10 +1231,10 @@ def test_a_compiled_run_learns_as_an_eager_one_and_says_where_it_cannot(tmp_path
     options = [*TINY["msdnet"], *QUICK, "--exits", 1, "--train-size", 24]            # one full batch and a smaller one
     assert run(*options, "--out", tmp_path / "eager") == 0
     compile, calls = nn.Module.compile, []               # the same graphs, without a minute of C++ compiler for a CPU's kernels
-    monkeypatch.setattr(nn.Module, "compile", lambda model: calls.append(compile(model, backend="aot_eager")))
+    monkeypatch.setattr(nn.Module, "compile", lambda model, mode: calls.append(mode) or compile(model, backend="aot_eager"))
     assert run(*options, "--compile", "--out", tmp_path / "compiled") == 0
     eager, compiled = (json.loads((tmp_path / d / "metrics.jsonl").read_text()) for d in ("eager", "compiled"))
-    assert calls and compiled["loss"] == pytest.approx(eager["loss"], rel=1e-3)
+    assert calls == ["default"] and compiled["loss"] == pytest.approx(eager["loss"], rel=1e-3)
 
     def absent(function):
         raise RuntimeError("no compiler")
@@ -1243,6 +1243,16 @@ def test_a_compiled_run_learns_as_an_eager_one_and_says_where_it_cannot(tmp_path
     assert run(*options, "--compile", "--out", tmp_path / "without") == 0
     assert capsys.readouterr().err == "--compile does not work here, going on without (no compiler)\n"
     assert (tmp_path / "without" / "metrics.jsonl").read_text() == (tmp_path / "eager" / "metrics.jsonl").read_text()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
+def test_cuda_graphs_learn_as_eager_mode(amp, tmp_path):
+    options = [*TINY["msdnet"], *QUICK, "--exits", 2, "--train-size", 88, "--device", "cuda", "--amp", amp]      # the last batch is smaller
+    for name, more in (("eager", []), ("compiled", ["--compile"])):
+        assert run(*options, *more, "--out", tmp_path / name) == 0
+    eager, compiled = ([json.loads(line)["loss"] for line in (tmp_path / d / "metrics.jsonl").read_text().splitlines()] for d in ("eager", "compiled"))
+    assert compiled == pytest.approx(eager, rel=0.02)
 
 
 # ------------------------------------------------------------------------------------------------ interruption, resume
@@ -1821,7 +1831,7 @@ def test_budgets_use_validation_thresholds_and_count_all_heads_on_the_way(tmp_pa
         confidence = torch.stack(model(data.normalise(data.val_images))).softmax(2).amax(2)
         for budget in result["budgets"][::6]:
             share = torch.tensor([budget["q"] ** k for k in (1, 2, 3)])
-            assert budget["thresholds"] == pytest.approx(ipkd_ta.exit_thresholds(confidence, (share / share.sum()).tolist()), rel=1e-5)
+            assert budget["thresholds"] == pytest.approx(ipkd_ta.exit_thresholds(confidence, share / share.sum()), rel=1e-5)
             answers, exits = ipkd_ta.early_exit(model, data.normalise(data.test_images), budget["thresholds"])
             assert budget["top1"] == pytest.approx(100 * (answers == data.test_labels).double().mean().item())
             assert budget["macs"] == pytest.approx(cost[exits - 1].mean().item())
@@ -2117,7 +2127,7 @@ def test_processes_that_begin_with_other_labels_do_not_train_together(monkeypatc
 
 def test_folding_needs_eval_mode_and_may_be_repeated():
     extracted, x = ipkd_ta.extract(brief_msdnet(2), 1), images_of(3)
-    for model in (extracted.train(), tiny_model("universal").eval()):
+    for model in (extracted.train(), tiny_model("universal").eval(), nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)).eval()):
         with pytest.raises(ValueError, match="extracted sub-model in eval mode, got"):
             ipkd_ta.fold_bn(model)
     folded = ipkd_ta.fold_bn(extracted.eval())
