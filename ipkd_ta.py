@@ -12,8 +12,9 @@ MobileNet-V1. It is trained so that every sub-model teaches the next smaller one
 Measured (two cores of an AMD EPYC, PyTorch 2.14): the demonstration ends after 16 s with 87.7 % at the first exit and
 91.8 % at the last. README.md has the rest.
 
-One file, in reading order: the loss, slimmable MobileNet-V1, MSDNet, sub-models in use, data, training, evaluation and
-report, benchmark, command line. The loss and the two networks need nothing from the rest but the imports: copy them.
+One file, in reading order: the loss, slimmable MobileNet-V1, MSDNet, sub-models in use; files and processes, data,
+training, evaluation and report, benchmark; options, runs, export, command line. The loss and the two networks need
+nothing from the rest but the imports: copy them.
 """
 from __future__ import annotations
 
@@ -30,6 +31,7 @@ import os
 import signal
 import statistics
 import sys
+import textwrap
 import time
 import warnings
 import zipfile
@@ -249,7 +251,7 @@ class SlimmableMobileNetV1(nn.Module):
         if self.bn == "switchable":
             return
         for width in self.widths if widths is None else widths:
-            layers = self._layers(width, tracked=False)      # refuses a wrong width before anything is stored
+            self._layers(width, tracked=False)               # refuses a wrong width before anything is stored
             self._add_norms(width)
             layers = self._layers(width, tracked=True)
             for n, x in enumerate(batches, start=1):
@@ -627,16 +629,174 @@ def exit_thresholds(confidence, shares):
 
 
 # ====================================================================================================================
+# Files, devices, processes
+# ====================================================================================================================
+
+
+class InputError(Exception):
+    """Something that the user gave is wrong: reported as one line, exit status 2."""
+
+
+def one_line(error):
+    """Message of an exception without line breaks."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def replace_file(path, content, keep=None):
+    """Get these bytes onto the disk and put them in place in one step: never half a file, whenever the process is
+    killed. keep: a path for what was there before. Only the first of several processes writes. InputError when the disk
+    is full."""
+    if process_rank():
+        return
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep and path.exists():
+            os.replace(path, keep)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"cannot write '{path}' ({one_line(error)[:200]})") from error
+
+
+def write_json(path, content):
+    """Write JSON in one step."""
+    replace_file(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def append_line(path, line):
+    """Add a line to a file, in one step."""
+    before = path.read_bytes() if path.exists() else b""
+    replace_file(path, before + (line + "\n").encode())
+
+
+@contextlib.contextmanager
+def locked(out):
+    """Keep the directory for this process; InputError when another one has it. Nothing where the system cannot, and
+    for all but the first of several processes that train together."""
+    try:
+        import fcntl
+    except ImportError:
+        fcntl = None
+    if not fcntl or process_rank():
+        yield
+        return
+    descriptor = os.open(out, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"--out '{out}' is in use by another process: wait for it, or choose another") from error
+        except OSError:                              # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def pick_device(name):
+    """torch.device of --device, made sure of."""
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        if device.type == "cuda" and process_count() > 1:
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        torch.ones(1, device=device, dtype=torch.float64).item()
+    except Exception as error:              # unknown, absent, or unable to compute: torch raises many types
+        raise InputError(f"--device {name} cannot be used here ({one_line(error)[:200]})") from error
+    if device.type == "cuda":               # TF32 for matrix products as for convolutions, the fastest convolution
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.benchmark = True
+    return device
+
+
+def pick_amp(name, device):
+    """What --amp means on this device: "off", "bf16" or "fp16"."""
+    if name != "auto":
+        return name
+    if device.type != "cuda":
+        return "off"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def join_processes():
+    """Join the other processes that torchrun started: by NCCL for CUDA tensors, by gloo for those on the CPU. Alone,
+    nothing happens. InputError when they cannot be found."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > process_count():
+        try:
+            dist.init_process_group()
+        except (ValueError, RuntimeError) as error:
+            raise InputError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, and the other processes cannot be joined "
+                             f"({one_line(error)[:100]}): start them by torchrun") from error
+
+
+def process_count():
+    """Number of processes that train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def process_rank():
+    """Number of this process among them, from 0, the one that writes."""
+    return dist.get_rank() if process_count() > 1 else 0
+
+
+def collectively(operation, *args):
+    """Do an operation of torch.distributed with the other processes, if any; exit when one of them is gone."""
+    if process_count() > 1:
+        try:
+            operation(*args)
+        except RuntimeError as error:
+            print(f"ipkd_ta.py: error: another process is gone ({one_line(error)[:100]}); mend what it told of, if it "
+                  "did; a run that had begun goes on with --resume", file=sys.stderr)
+            raise SystemExit(1) from error
+
+
+def keep_freed_memory(keep=True):
+    """Have glibc keep freed memory instead of giving it back to the system: every step needs the same amounts again.
+    keep=False: give back what is free, and go on as glibc does unasked."""
+    if sys.platform == "linux":
+        try:
+            libc = ctypes.CDLL("libc.so.6")
+            libc.mallopt(-4, 0 if keep else 65536)                   # M_MMAP_MAX: separate mappings for large blocks
+            libc.mallopt(-1, 2**31 - 1 if keep else 64 * 2**20)      # M_TRIM_THRESHOLD: free heap to keep
+            if not keep:
+                libc.mallopt(-3, 32 * 2**20)                         # M_MMAP_THRESHOLD: where glibc's own tuning ends
+                libc.malloc_trim(0)
+        except (OSError, AttributeError):   # another C library
+            pass
+
+
+class Progress:
+    """One live line on stderr with the share done and the time left; nothing when stderr is not a terminal. begun: the
+    share that was done before."""
+
+    def __init__(self, begun):
+        self.begun, self.shown = begun, time.perf_counter()
+        self.start = self.shown
+        self.live = sys.stderr.isatty()
+
+    def __call__(self, share):
+        now = time.perf_counter()
+        if self.live and now - self.shown > 0.2:
+            self.shown, left = now, (now - self.start) * (1 - share) / (share - self.begun)
+            left = f"{int(left) // 3600}:{int(left) // 60 % 60:02}:{int(left) % 60:02}"
+            print(f"\r\x1b[K{share:6.1%} done, {left} left", end="", file=sys.stderr, flush=True)
+
+    def clear(self):
+        if self.live:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+# ====================================================================================================================
 # Data: every split is one uint8 tensor on the training device
 # ====================================================================================================================
 
 DATASETS = ("shapes", "cifar10", "cifar100", "folder")
 CIFAR_STATISTICS = {"cifar10": ((0.4914, 0.4824, 0.4467), (0.2471, 0.2435, 0.2616)),
                     "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))}      # mean, std of R, G, B
-
-
-class InputError(Exception):
-    """Something that the user gave is wrong: reported as one line, exit status 2."""
 
 
 @dataclass
@@ -668,10 +828,10 @@ class Data:
 def augment(images, generator):
     """CIFAR augmentation of a batch (N, 3, H, W): zero-pad by 4 pixels, crop at random, flip half of the images.
 
-    generator: torch.Generator on the device of the images.
+    generator: CPU torch.Generator, so that the draws are the same on every device.
     """
     n, _, height, width = images.shape
-    draw = lambda high: torch.randint(high, (n,), generator=generator, device=images.device)
+    draw = lambda high: torch.randint(high, (n,), generator=generator).to(images.device, non_blocking=True)
     windows = F.pad(images, (4, 4, 4, 4)).unfold(2, height, 1).unfold(3, width, 1)      # views (N, 3, 9, 9, H, W)
     crops = windows[torch.arange(n, device=images.device), :, draw(9), draw(9)]
     return torch.where(draw(2).bool().view(n, 1, 1, 1), crops.flip(3), crops)
@@ -758,13 +918,13 @@ def visible(directory):
 
 def read_images(files):
     """The images of these (path, label), as (N, 3, 32, 32) uint8, and the labels (N,)."""
-    pixels = torch.empty(len(files), 32, 32, 3, dtype=torch.uint8)
+    pixels = torch.empty(len(files), 3, 32, 32, dtype=torch.uint8)
     for i, (path, _) in enumerate(files):
         try:
-            pixels[i] = torch.frombuffer(bytearray(read_image(path).tobytes()), dtype=torch.uint8).view(32, 32, 3)
+            pixels[i] = transforms.functional.pil_to_tensor(read_image(path))
         except Exception as error:                  # Pillow's decoders raise many types
             raise InputError(f"cannot decode image '{path}' ({one_line(error)}): mend or remove it") from error
-    return pixels.permute(0, 3, 1, 2).contiguous(), torch.tensor([label for _, label in files])
+    return pixels, torch.tensor([label for _, label in files])
 
 
 def read_image(path):
@@ -779,7 +939,7 @@ def read_image(path):
             elif image.mode[0] in "IF":
                 raise ValueError(f"the range of pixels of mode {image.mode} is unknown")
             image = image.convert("RGB")
-    return image if image.size == (32, 32) else image.resize((32, 32))
+    return image.resize((32, 32))
 
 
 SHAPES_TRAIN, SHAPES_TEST, SHAPES_CONTRAST, SHAPES_NOISE = 1500, 1000, 0.5, 0.1
@@ -817,11 +977,6 @@ def load_shapes(train_size):
     return Data(train_images, train_labels, test_images, test_labels, list(SHAPES))
 
 
-def one_line(error):
-    """Message of an exception without line breaks."""
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 # ====================================================================================================================
 # Training
 # ====================================================================================================================
@@ -841,12 +996,12 @@ class Family:
 
 FAMILIES = {
     "msdnet": Family(
-        MSDNet, torch.contiguous_format, dict(epochs=300, schedule="multistep", kd_weight=0.5, temperature=3.0),
+        MSDNet, torch.contiguous_format, dict(epochs=300, schedule="multistep", kd_weight=0.5),
         dict(epochs=3, batch_size=32, schedule="cosine", exits=4, base=1, step=1, step_mode="lin_grow", channels=8,
              growth=4)),
     "slimmable": Family(
         SlimmableMobileNetV1, torch.channels_last,
-        dict(epochs=200, schedule="cosine", kd_weight=0.9, temperature=1.0),
+        dict(epochs=200, schedule="cosine", kd_weight=0.9),
         dict(epochs=5, batch_size=16, lr=0.03, widths=(0.125, 0.25, 0.375, 0.5))),
 }
 
@@ -902,38 +1057,6 @@ def train_step(model, images, labels, cfg, kd_weight, scaler, generator):
     return loss.detach(), parts
 
 
-def join_processes():
-    """Join the other processes that torchrun started: by NCCL for CUDA tensors, by gloo for those on the CPU. Alone,
-    nothing happens. InputError when they cannot be found."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > process_count():
-        try:
-            dist.init_process_group()
-        except (ValueError, RuntimeError) as error:
-            raise InputError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, and the other processes cannot be joined "
-                             f"({one_line(error)[:100]}): start them by torchrun") from error
-
-
-def process_count():
-    """Number of processes that train together."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def process_rank():
-    """Number of this process among them, from 0, the one that writes."""
-    return dist.get_rank() if process_count() > 1 else 0
-
-
-def collectively(operation, *args):
-    """Do an operation of torch.distributed with the other processes, if any; exit when one of them is gone."""
-    if process_count() > 1:
-        try:
-            operation(*args)
-        except RuntimeError as error:
-            print(f"ipkd_ta.py: error: another process is gone ({one_line(error)[:100]}); mend what it told of, if it "
-                  "did; a run that had begun goes on with --resume", file=sys.stderr)
-            raise SystemExit(1) from error
-
-
 def merge_gradients(model, loss, share):
     """Replace the gradients and the loss by their sum over all processes, each times the process's share of the batch.
     One message a step: DistributedDataParallel would send one for each pass, and wants all weights in the last one."""
@@ -951,7 +1074,7 @@ class Trainer:
         device = data.train_images.device
         self.model, self.data, self.cfg = model, data, cfg
         self.draws = torch.Generator().manual_seed(cfg.seed)                   # order of the images, widths
-        self.crops = torch.Generator(device).manual_seed(cfg.seed)
+        self.crops = torch.Generator().manual_seed(cfg.seed)
         self.scaler = torch.amp.GradScaler(device.type, enabled=cfg.amp == "fp16")
         self.optimizer = torch.optim.SGD(      # fused, its momentum stays unset when the scaler skips the first step
             model.parameters(), lr=cfg.lr, momentum=0.9, nesterov=True, weight_decay=1e-4, fused=cfg.amp != "fp16")
@@ -1008,8 +1131,9 @@ class Trainer:
         if not math.isfinite(self.loss_sum.item()):
             step, lr, _, parts = next((s for s in self.unchecked if not s[2].isfinite()), self.unchecked[-1])
             bad = [name for name, part in parts.items() if not part.isfinite()]      # none: in another process
-            raise diverged(f"in step {step} of epoch {self.epoch + 1}, at learning rate {lr:.4g}, the loss"
-                           f"{' of ' * bool(bad)}{', '.join(bad)} is not finite", self.cfg)
+            of = f" of {', '.join(bad)}" if bad else ""
+            raise diverged(f"in step {step} of epoch {self.epoch + 1}, at learning rate {lr:.4g}, the loss{of} is not "
+                           "finite", self.cfg)
         self.unchecked.clear()
 
 
@@ -1160,8 +1284,9 @@ def comparable_runs(directories):
         if "evaluated" in run:       # by --eval: no run of its own
             continue
         cfg = run["config"]          # runs may differ in these; whatever else differs makes another setting
-        per_run = {"method", "seed", "out", "device", "compile", "checkpoint_every", "eval_every",
-                   "data_dir" if cfg["dataset"] != "folder" else "out"}
+        per_run = {"method", "seed", "out", "device", "compile", "checkpoint_every", "eval_every"}
+        if cfg["dataset"] != "folder":
+            per_run.add("data_dir")
         setting = {k: str(v) for k, v in cfg.items() if k not in per_run}
         setting["sub-models"] = ", ".join(sub["name"] for sub in run["sub_models"])
         by_method = settings.setdefault(tuple(sorted(setting.items())), {method: {} for method in METHODS})
@@ -1187,13 +1312,9 @@ def report(settings):
     lines = []
     for setting, by_method in settings.items():
         runs = [run for by_seed in by_method.values() for run in by_seed.values()]
-        cfg, subs = runs[0]["config"], runs[0]["sub_models"]
-        related = [other for other in settings if {("arch", cfg["arch"]), ("dataset", cfg["dataset"])} <= set(other)]
-        told_apart_by = [f"{k} {v}" for k, v in setting if any((k, v) not in other for other in related)
-                         and k not in ("epochs", "train_size", "sub-models")]
-        lines += [f"### {cfg['arch']} on {cfg['dataset']}", "",
-                  ", ".join([f"{cfg['epochs']} epochs of {cfg['train_size']:,} images", "top-1 in %", *told_apart_by]),
-                  ""]
+        heading, about = described(setting, settings)
+        subs = runs[0]["sub_models"]
+        lines += [f"### {heading}", "", f"{about}; top-1 in %", ""]
         rows = [["sub-model", "MMACs", "params", *(counted(m, len(found), "run") for m, found in by_method.items())]]
         for k, sub in enumerate(subs, start=1):
             cells = [mean_and_spread([top1(run, k) for run in found.values()]) for found in by_method.values()]
@@ -1211,6 +1332,17 @@ def report(settings):
                                      for both in pairs.values())])
             lines += markdown(rows)
     return "\n".join(lines)
+
+
+def described(setting, settings):
+    """Heading of one of the settings, and its extent and options, as far as it differs in these from others of the same
+    heading."""
+    cfg = dict(setting)
+    related = [other for other in map(dict, settings) if all(other[k] == cfg[k] for k in ("arch", "dataset"))]
+    special = [f"{k} {v}" for k, v in setting if any(other.get(k) != v for other in related)
+               and k not in ("epochs", "train_size", "sub-models")]
+    extent = f"{cfg['epochs']} epochs of {int(cfg['train_size']):,} images"
+    return f"{cfg['arch']} on {cfg['dataset']}", ", ".join([extent, *special])
 
 
 def counted(what, n, unit):
@@ -1241,17 +1373,18 @@ def plot(settings, path):
     styles = {"ce": ("#000000", "o", ":"), "ipkd": ("#E69F00", "s", "--"), "ipkd-ta": ("#0072B2", "^", "-"),
               "ipkd-mean": ("#CC79A7", "D", "-.")}       # colours of Okabe & Ito: the colour-blind tell them apart
     figure = Figure(figsize=(4.5 * len(settings), 3.6), layout="constrained", dpi=200, facecolor="white")
-    for axes, by_method in zip(figure.subplots(1, len(settings), squeeze=False)[0], settings.values()):
+    for axes, (setting, by_method) in zip(figure.subplots(1, len(settings), squeeze=False)[0], settings.items()):
         for i, (method, found) in enumerate(by_method.items()):
             runs = list(found.values())
-            cfg, subs = runs[0]["config"], runs[0]["sub_models"]
+            subs = runs[0]["sub_models"]
             accuracies = [[top1(run, k) for run in runs] for k in range(1, len(subs) + 1)]
             color, marker, line = styles[method]
             shift = 1 + 0.012 * (i - (len(by_method) - 1) / 2)               # so that bars do not hide each other
             axes.errorbar([sub["macs"] / 1e6 * shift for sub in subs], [statistics.mean(a) for a in accuracies],
                           [statistics.stdev(a) if len(a) > 1 else 0 for a in accuracies], color=color, marker=marker,
                           linestyle=line, markersize=5, capsize=2, label=counted(method, len(runs), "run"))
-        axes.set(title=f"{cfg['arch']} on {cfg['dataset']}\n{cfg['epochs']} epochs of {cfg['train_size']:,} images",
+        heading, about = described(setting, settings)
+        axes.set(title=f"{heading}\n{textwrap.fill(about, 50)}",
                  xlabel="cost of the sub-model (million MACs per image)", ylabel="top-1 accuracy (%)")
         axes.grid(alpha=0.3)
         axes.legend()
@@ -1260,7 +1393,7 @@ def plot(settings, path):
         figure.savefig(picture, format=path.suffix[1:])
     except ValueError as error:                  # a format that is unknown
         raise InputError(f"--plot '{path}': {one_line(error)}") from error
-    replace_file(path, lambda file: file.write(picture.getbuffer()))
+    replace_file(path, picture.getbuffer())
 
 
 def read_results(path):
@@ -1333,11 +1466,13 @@ def benchmark(cfg, rounds=5, repetitions=2):
     contestants = (("baseline", lambda: next(baseline), draws),
                    ("this file", lambda: trainer.step(batch, progress=0.5), trainer.draws))
 
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
     def timed(step):
-        wait_for(device)
+        wait()
         start = time.perf_counter()
         step()
-        wait_for(device)
+        wait()
         return time.perf_counter() - start
 
     if cfg.compile:
@@ -1381,12 +1516,6 @@ def speed_table(batch_size, seconds, memory, flops, rates):
     return f"{aligned(rows)}\nmatrix products: {products}\nratio of medians: {baseline / own:.2f}"
 
 
-def wait_for(device):
-    """Let the device finish what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def matrix_product_rates(device, timed):
     """GFLOP/s of square matrix products, per number format. timed(function): seconds that it takes."""
     formats = {"float32": (torch.float32, "highest")}
@@ -1420,7 +1549,7 @@ def peak_memory(device):
 
 
 # ====================================================================================================================
-# Command line
+# Options
 # ====================================================================================================================
 
 
@@ -1484,8 +1613,7 @@ def build_parser():
         "all larger ones", choices=METHODS)
     add(g, "--kd-weight", None, "weight of the teacher against the labels, 0 to 1", by_family("kd_weight"), type=share)
     add(g, "--kd-warmup", 1.0, "share of training over which that weight rises from 0, 0 to 1", type=share)
-    add(g, "--temperature", None, "softmax temperature of the distillation", by_family("temperature"),
-        type=number(float, 0.001, 1000))
+    add(g, "--temperature", 1.0, "softmax temperature of the distillation", type=number(float, 0.001, 1000))
 
     g = parser.add_argument_group("training")
     add(g, "--epochs", None, "passes over the training images", by_family("epochs"), type=count)
@@ -1572,35 +1700,14 @@ def settle(given, defaults):
     return cfg
 
 
-def pick_device(name):
-    """torch.device of --device, made sure of."""
-    try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-        if device.type == "cuda" and process_count() > 1:
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-        torch.rand(1, generator=torch.Generator(device), device=device)
-    except Exception as error:              # unknown, absent, or unable to compute: torch raises many types
-        raise InputError(f"--device {name} cannot be used here ({one_line(error)[:200]})") from error
-    if device.type == "cuda":               # TF32 for matrix products as for convolutions, the fastest convolution
-        torch.set_float32_matmul_precision("high")
-        torch.backends.cudnn.benchmark = True
-    return device
-
-
-def pick_amp(name, device):
-    """What --amp means on this device: "off", "bf16" or "fp16"."""
-    if name != "auto":
-        return name
-    if device.type != "cuda":
-        return "off"
-    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-
+# ====================================================================================================================
+# Runs: training, resuming, evaluating a checkpoint
+# ====================================================================================================================
 
 RUN_FILES = ("config.json", "metrics.jsonl", "checkpoint.pt", "checkpoint.previous.pt", "results.json", "budget.json")
 
 
-def run_training(cfg, checkpoint=None, damaged=False, others=RUN_FILES):
+def run_training(cfg, checkpoint=None, others=RUN_FILES):
     """Train, print and write everything that a run consists of, into its directory: from a checkpoint on, the directory
     being locked, or from the start, where the directory holds none of the files `others` or --overwrite is given."""
     device = pick_device(cfg.device)
@@ -1628,7 +1735,7 @@ def run_training(cfg, checkpoint=None, damaged=False, others=RUN_FILES):
           f"{len(data.test_images):,} test images of {len(data.classes)} classes, loaded in {seconds:.1f} s\n"
           f"writing to {out}", flush=True)
 
-    make_directory(out)
+    out.mkdir(parents=True, exist_ok=True)
     with contextlib.nullcontext() if checkpoint else locked(out):
         if checkpoint:
             go_back(trainer, checkpoint, out)
@@ -1640,7 +1747,7 @@ def run_training(cfg, checkpoint=None, damaged=False, others=RUN_FILES):
         check_agreement(trainer)
         if cfg.compile:
             compile_model(model, device)
-        train_and_write(trainer, costs, out, damaged)
+        train_and_write(trainer, costs, out)
 
 
 def go_back(trainer, checkpoint, out):
@@ -1655,7 +1762,7 @@ def go_back(trainer, checkpoint, out):
         reason = one_line(error)[:200]
         raise InputError(f"--resume: the checkpoint in '{out}' does not fit ({reason})") from error
     lines = metrics.read_bytes().splitlines(keepends=True)[:trainer.epoch] if metrics.exists() else []
-    replace_file(metrics, lambda file: file.write(b"".join(lines)))              # without what came later
+    replace_file(metrics, b"".join(lines))                                       # without what came later
     print(f"resuming after {trainer.epoch} epochs and {trainer.steps} steps", flush=True)
 
 
@@ -1673,9 +1780,9 @@ def check_agreement(trainer):
                              "same images and, with --resume, the same --out")
 
 
-def train_and_write(trainer, costs, out, damaged):
-    """Train to the end, keeping the files in `out` up to date. SIGINT and SIGTERM end it after a step and a checkpoint.
-    damaged: the checkpoint.pt that is there cannot be read, and must not take the place of the one before."""
+def train_and_write(trainer, costs, out):
+    """Train to the end, keeping the files in `out` up to date. SIGINT and SIGTERM end it after a step and a
+    checkpoint."""
     model, data, cfg = trainer.model, trainer.data, trainer.cfg
     start, saved, signals = time.perf_counter(), time.perf_counter(), []
     steps_per_epoch = math.ceil(len(data.train_images) / cfg.batch_size)
@@ -1683,9 +1790,9 @@ def train_and_write(trainer, costs, out, damaged):
     smallest, largest, sub_models = costs[0]["name"], costs[-1]["name"], None
 
     def save():
-        nonlocal saved, damaged
-        save_checkpoint(trainer, out, keep=out / f"checkpoint.{'damaged' if damaged else 'previous'}.pt")
-        saved, damaged = time.perf_counter(), False
+        nonlocal saved
+        save_checkpoint(trainer, out)
+        saved = time.perf_counter()
 
     def tick(share):
         if process_rank():
@@ -1716,8 +1823,8 @@ def train_and_write(trainer, costs, out, damaged):
                 for sub in sub_models:
                     if not math.isfinite(sub["loss"]):
                         raise diverged(f"the test loss of {sub['name']} after epoch {epoch} is {sub['loss']}", cfg)
-                record["top1"] = top1 = [sub["top1"] for sub in sub_models]
-                told += f"  top-1 {smallest} {top1[0]:.2f} %, {largest} {top1[-1]:.2f} %"
+                record["top1"] = [sub["top1"] for sub in sub_models]
+                told += f"  top-1 {smallest} {record['top1'][0]:.2f} %, {largest} {record['top1'][-1]:.2f} %"
             append_line(out / "metrics.jsonl", json.dumps(record))
             save()
             progress.clear()
@@ -1726,19 +1833,23 @@ def train_and_write(trainer, costs, out, damaged):
         finish(model, data, cfg, sub_models, out, seconds=round(time.perf_counter() - start, 1),
                processes=process_count())
     finally:
+        progress.clear()
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def save_checkpoint(trainer, out, keep):
-    """Write out/checkpoint.pt, and keep the one that was there under this path; InputError when training diverged."""
+def save_checkpoint(trainer, out):
+    """Write checkpoint.pt, and keep the one that was there as checkpoint.previous.pt; InputError when training
+    diverged."""
     trainer.check()
     data, weights = trainer.data, trainer.model.state_dict()
     if not all(value.isfinite().all() for value in weights.values()):      # by a step whose loss, before it, was finite
         raise diverged(f"after {trainer.epoch} epochs and {trainer.steps} steps weights are not finite", trainer.cfg)
     content = {"config": vars(trainer.cfg), "classes": data.classes, "mean": data.mean.cpu(), "std": data.std.cpu(),
                "epoch": trainer.epoch, "model": weights, "trainer": trainer.state()}
-    replace_file(out / "checkpoint.pt", lambda file: torch.save(content, file), keep)
+    file = io.BytesIO()
+    torch.save(content, file)
+    replace_file(out / "checkpoint.pt", file.getbuffer(), keep=out / "checkpoint.previous.pt")
 
 
 def finish(model, data, cfg, sub_models, out=None, **more):
@@ -1776,12 +1887,13 @@ def go_on(out, files, given, defaults):
     except InputError as error:
         checkpoint, damaged = load_checkpoint(files[-1]), True
         print(f"{error}: going on from '{files[-1]}'", file=sys.stderr)
+    given = {k: v for k, v in given.items() if (k, v) != ("amp", "auto")}       # what it meant is in the checkpoint
     if "trainer" not in checkpoint:
         raise InputError(f"--resume: '{files[0]}' holds no state of the training")
     config = {**checkpoint["config"], "out": str(out)}
     plain = lambda value: list(value) if isinstance(value, tuple) else value        # widths by default are a tuple
     other = [f"{flag(k)} {config.get(k)}, not {v}" for k, v in sorted(given.items())
-             if k not in ("out", "overwrite", "device", "data_dir", "checkpoint_every") and (k, v) != ("amp", "auto")
+             if k not in ("out", "overwrite", "device", "data_dir", "checkpoint_every")
              and plain(config.get(k)) != plain(v)]
     if other:
         raise InputError(f"--resume: the run in '{out}' has {'; '.join(other)}: its options stay as they are, for the "
@@ -1789,7 +1901,9 @@ def go_on(out, files, given, defaults):
     if (out / "results.json").exists() and checkpoint["epoch"] == config["epochs"]:
         print(f"the run in '{out}' is finished")
         return
-    run_training(settle({**config, **given}, defaults), checkpoint, damaged)
+    if damaged and process_rank() == 0:
+        os.replace(files[0], out / "checkpoint.damaged.pt")      # it must not take the place of the one before
+    run_training(settle({**config, **given}, defaults), checkpoint)
 
 
 def run_evaluation(given):
@@ -1819,7 +1933,7 @@ def run_evaluation(given):
     except ValueError as error:                          # widths that it does not offer
         raise InputError(f"'{given['eval']}': {one_line(error)}") from error
     if out:
-        make_directory(out)
+        out.mkdir(parents=True, exist_ok=True)
     finish(model, data, cfg, sub_models, out, evaluated=given["eval"])
 
 
@@ -1835,12 +1949,60 @@ def restore(checkpoint, path):
     """The options of a checkpoint's run and its model, on the CPU, in eval mode; InputError when they do not fit. path:
     where the checkpoint is from, for the message."""
     cfg = SimpleNamespace(**{**build_parser()[1], **checkpoint["config"]})
-    model = build_model(cfg, len(checkpoint["classes"]))
     try:
+        model = build_model(cfg, len(checkpoint["classes"]))
         model.load_state_dict(checkpoint["model"])
-    except RuntimeError as error:
-        raise InputError(f"'{path}': {one_line(error)}") from error
+    except Exception as error:                   # of another version of this file: torch raises many types
+        raise InputError(f"'{path}': {one_line(error)[:200]}") from error
     return cfg, model.eval()
+
+
+def load_checkpoint(path):
+    """Content of a checkpoint.pt, on the CPU; code in it is refused, not run. InputError when the file is none, or is
+    damaged."""
+    try:
+        sound = io.BytesIO()       # with what passed its checksum alone: torch.load does not look, nor at other damage
+        with zipfile.ZipFile(path) as archive, zipfile.ZipFile(sound, "w") as copied:
+            for part in archive.infolist():
+                copied.writestr(part.filename, archive.read(part))
+        sound.seek(0)
+        checkpoint = torch.load(sound, map_location="cpu", weights_only=True)
+        missing = {"config", "classes", "mean", "std", "epoch", "model"} - set(checkpoint)
+        if missing:
+            raise ValueError(f"not of this program: it lacks {', '.join(sorted(missing))}")
+        config, mean, std = (checkpoint[name] for name in ("config", "mean", "std"))
+        known = config["arch"] in FAMILIES and config["dataset"] in DATASETS
+        if not known or mean.shape != (3,) or std.shape != (3,) or not isinstance(checkpoint["model"], dict):
+            raise ValueError("its content is not that of a run")
+    except Exception as error:              # not there, damaged, or not a checkpoint: torch raises many types
+        reason = f"{type(error).__name__}: {one_line(error)[:200]}"
+        raise InputError(f"cannot read checkpoint '{path}' ({reason})") from error
+    return checkpoint
+
+
+def refuse_to_overwrite(out, files, overwrite):
+    """InputError when one of the files is in the directory `out`, or `out` is no directory; the first process tells."""
+    if process_rank():
+        return
+    present = [name for name in files if (out / name).exists()]
+    if present and not overwrite:
+        raise InputError(f"--out '{out}' already holds {', '.join(present)}: choose another directory"
+                         f"{', or --overwrite' if 'results.json' in files else ''}")
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out '{out}' is not a directory: choose another name")
+
+
+def free_name(path):
+    """The path, or the first of path-2, path-3, ... that does not exist."""
+    n = 1
+    while os.path.exists(path if n == 1 else f"{path}-{n}"):
+        n += 1
+    return path if n == 1 else f"{path}-{n}"
+
+
+# ====================================================================================================================
+# Export: a sub-model as a program of its own
+# ====================================================================================================================
 
 
 def run_export(given):
@@ -1860,13 +2022,12 @@ def run_export(given):
     cfg.data_dir = given.get("data_dir", cfg.data_dir)
     universal = cfg.arch == "slimmable" and cfg.bn == "universal"
     names = [sub.name for sub in model.sub_models()]
+    listed = dict(zip(names, model.widths if cfg.arch == "slimmable" else range(1, len(names) + 1)))
     name = given.get("sub_model", names[-1])
     try:
-        which = names.index(name) + 1 if name in names else float(name.removeprefix("width-"))
-        width = model.widths[which - 1] if universal and name in names else which
-        offered = universal and model.low <= width <= model.high
-        if offered and not model.calibrated(width):          # never asked for, or of a checkpoint inside an epoch
-            model.calibrate(calibration_batches(load_same_data(cfg, checkpoint)), [width])
+        which = listed[name] if name in listed else float(name.removeprefix("width-"))
+        if universal and model.low <= which <= model.high and not model.calibrated(which):      # never asked for
+            model.calibrate(calibration_batches(load_same_data(cfg, checkpoint)), [which])
         program = extract(model, which)
     except ValueError as error:
         between = " and any width between" if universal else ""
@@ -1916,148 +2077,12 @@ def write_program(model, path, about):
         if not difference < 1e-4:
             raise InputError(f"--export: the program gives logits that differ by {difference:.1e} of the largest: "
                              f"'{path}' is not written")
-    replace_file(path, lambda file: file.write(content.getbuffer()))
+    replace_file(path, content.getbuffer())
 
 
-def refuse_to_overwrite(out, files, overwrite):
-    """InputError when one of the files is in the directory `out`, or `out` is no directory; the first process tells."""
-    if process_rank():
-        return
-    present = [name for name in files if (out / name).exists()]
-    if present and not overwrite:
-        raise InputError(f"--out '{out}' already holds {', '.join(present)}: choose another directory"
-                         f"{', or --overwrite' if 'results.json' in files else ''}")
-    if out.exists() and not out.is_dir():
-        raise InputError(f"--out '{out}' is not a directory: choose another name")
-
-
-def make_directory(out):
-    """Create the directory and its parents; InputError where that is impossible."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--out '{out}' cannot be made a directory ({one_line(error)})") from error
-
-
-def free_name(path):
-    """The path, or the first of path-2, path-3, ... that does not exist."""
-    n = 1
-    while os.path.exists(path if n == 1 else f"{path}-{n}"):
-        n += 1
-    return path if n == 1 else f"{path}-{n}"
-
-
-def write_json(path, content):
-    """Write JSON in one step."""
-    replace_file(path, lambda file: file.write((json.dumps(content, indent=2) + "\n").encode()))
-
-
-def append_line(path, line):
-    """Add a line to a file, in one step."""
-    before = path.read_bytes() if path.exists() else b""
-    replace_file(path, lambda file: file.write(before + (line + "\n").encode()))
-
-
-def replace_file(path, write, keep=None):
-    """Let write(binary file) make the new content, get it onto the disk and put it in place in one step: never half a
-    file, whenever the process is killed. keep: a path for what was there before. Only the first of several processes
-    writes. InputError when the disk is full."""
-    if process_rank():
-        return
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        if keep and path.exists():
-            os.replace(path, keep)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:        # torch.save turns a full disk into a RuntimeError
-        temporary.unlink(missing_ok=True)
-        raise InputError(f"cannot write '{path}' ({one_line(error)[:200]})") from error
-
-
-@contextlib.contextmanager
-def locked(out):
-    """Keep the directory for this process; InputError when another one has it. Nothing where the system cannot, and
-    for all but the first of several processes that train together."""
-    try:
-        import fcntl
-    except ImportError:
-        fcntl = None
-    if not fcntl or process_rank():
-        yield
-        return
-    descriptor = os.open(out, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(f"--out '{out}' is in use by another process: wait for it, or choose another") from error
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def load_checkpoint(path):
-    """Content of a checkpoint.pt, on the CPU; code in it is refused, not run. InputError when the file is none, or is
-    damaged."""
-    try:
-        sound = io.BytesIO()       # with what passed its checksum alone: torch.load does not look, nor at other damage
-        with zipfile.ZipFile(path) as archive, zipfile.ZipFile(sound, "w") as copied:
-            for part in archive.infolist():
-                copied.writestr(part.filename, archive.read(part))
-        sound.seek(0)
-        checkpoint = torch.load(sound, map_location="cpu", weights_only=True)
-        missing = {"config", "classes", "mean", "std", "epoch", "model"} - set(checkpoint)
-        if not missing:
-            config, mean, std = (checkpoint[name] for name in ("config", "mean", "std"))
-            known = config["arch"] in FAMILIES and config["dataset"] in DATASETS
-            if not known or mean.shape != (3,) or std.shape != (3,) or not isinstance(checkpoint["model"], dict):
-                raise ValueError("its content is not that of a run")
-    except Exception as error:              # not there, damaged, or not a checkpoint: torch raises many types
-        reason = f"{type(error).__name__}: {one_line(error)[:200]}"
-        raise InputError(f"cannot read checkpoint '{path}' ({reason})") from error
-    if missing:
-        raise InputError(f"'{path}' is not a checkpoint of this program: it lacks {', '.join(sorted(missing))}")
-    return checkpoint
-
-
-class Progress:
-    """One live line on stderr with the share done and the time left; nothing when stderr is not a terminal. begun: the
-    share that was done before."""
-
-    def __init__(self, begun):
-        self.begun, self.shown = begun, time.perf_counter()
-        self.start = self.shown
-        self.live = sys.stderr.isatty()
-
-    def __call__(self, share):
-        now = time.perf_counter()
-        if self.live and now - self.shown > 0.2:
-            self.shown, left = now, (now - self.start) * (1 - share) / (share - self.begun)
-            left = f"{int(left) // 3600}:{int(left) // 60 % 60:02}:{int(left) % 60:02}"
-            print(f"\r\x1b[K{share:6.1%} done, {left} left", end="", file=sys.stderr, flush=True)
-
-    def clear(self):
-        if self.live:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
-
-
-def keep_freed_memory(keep=True):
-    """Have glibc keep freed memory instead of giving it back to the system: every step needs the same amounts again.
-    keep=False: give back what is free, and go on as glibc does unasked."""
-    if sys.platform == "linux":
-        try:
-            libc = ctypes.CDLL("libc.so.6")
-            libc.mallopt(-4, 0 if keep else 65536)                   # M_MMAP_MAX: separate mappings for large blocks
-            libc.mallopt(-1, 2**31 - 1 if keep else 64 * 2**20)      # M_TRIM_THRESHOLD: free heap to keep
-            if not keep:
-                libc.mallopt(-3, 32 * 2**20)                         # M_MMAP_THRESHOLD: where glibc's own tuning ends
-                libc.malloc_trim(0)
-        except (OSError, AttributeError):   # another C library
-            pass
+# ====================================================================================================================
+# Command line
+# ====================================================================================================================
 
 
 def run_command(given, defaults):
@@ -2071,7 +2096,8 @@ def run_command(given, defaults):
             plot(settings, Path(given["plot"]))
     elif given.pop("benchmark", False):
         for name in set(given) & {"dataset", "data_dir", "train_size", "val_size", "epochs", "schedule", "out",
-                                  "overwrite", "checkpoint_every", "eval_every"}:
+                                  "overwrite", "checkpoint_every", "eval_every", "export", "sub_model", "fold_bn",
+                                  "plot"}:
             raise InputError(f"{flag(name)} has no meaning with --benchmark, which trains on random images")
         benchmark(settle({"dataset": "cifar10", **given}, defaults))
     elif "eval" in given:
@@ -2087,7 +2113,8 @@ def run_command(given, defaults):
 
 
 def main(argv=None):
-    """Run the command line; the exit status: 0 = finished, 2 = bad options or input."""
+    """Run the command line; the exit status: 0 = finished, 1 = another process is gone, 2 = bad options or input,
+    128 + n = stopped by signal n."""
     rank = int(os.environ.get("RANK", 0)) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else 0      # set by torchrun
     try:
         with contextlib.redirect_stdout(open(os.devnull, "w")) if rank else contextlib.nullcontext():

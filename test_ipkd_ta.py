@@ -681,6 +681,13 @@ def test_a_terminal_sees_a_live_line_with_the_time_left_and_a_file_nothing(begun
 # -------------------------------------------------------------------------------------------------------------- data
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_gpu_augments_as_the_cpu_does():
+    images = torch.randint(256, (60, 3, 32, 32), dtype=torch.uint8)
+    expected = ipkd_ta.augment(images, torch.Generator().manual_seed(0))
+    assert ipkd_ta.augment(images.cuda(), torch.Generator().manual_seed(0)).cpu().equal(expected)
+
+
 def test_augmented_images_are_shifted_by_at_most_4_zero_padded_pixels_and_flipped_in_half_of_the_cases():
     images = torch.randint(1, 256, (60, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     batch = ipkd_ta.augment(images, torch.Generator().manual_seed(0))
@@ -958,7 +965,7 @@ def test_eval_refuses_what_the_checkpoint_does_not_offer(name, options, message,
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("content", ["missing", "garbage", "truncated", "foreign", "code", "other network"])
+@pytest.mark.parametrize("content", ["missing", "garbage", "truncated", "foreign", "code", "other network", "no widths"])
 def test_eval_refuses_a_file_that_is_no_checkpoint_and_runs_no_code_from_it(content, trained, tmp_path, capsys):
     file, good = tmp_path / "checkpoint.pt", trained / "msdnet/checkpoint.pt"
     if content == "garbage":
@@ -975,6 +982,10 @@ def test_eval_refuses_a_file_that_is_no_checkpoint_and_runs_no_code_from_it(cont
     elif content == "other network":
         checkpoint = torch.load(good, weights_only=True)
         checkpoint["config"]["channels"] = 6
+        torch.save(checkpoint, file)
+    elif content == "no widths":
+        checkpoint = torch.load(trained / "slimmable/checkpoint.pt", weights_only=True)
+        checkpoint["config"]["widths"] = 3
         torch.save(checkpoint, file)
     assert run("--eval", file) == 2
     err = capsys.readouterr().err
@@ -999,6 +1010,7 @@ def test_eval_refuses_a_file_that_is_no_checkpoint_and_runs_no_code_from_it(cont
     (["--kd-warmup", "-0.1"], "at least 0"), (["--lr-warmup", "nan"], "nan"), (["--temperature", "0"], "at least 0.001"),
     (["--temperature", "-1"], "'-1'"), (["--temperature", "nan"], "nan"), (["--temperature", "inf"], "inf"), (["--seed", "-1"], "at least 0"),
     (["--checkpoint-every", "nan"], "nan"), (["--checkpoint-every", "inf"], "inf"), (["--exits", "0"], "at least 1 and at most 2147483647, got '0'"),
+    (["--benchmark", "--plot", "a.svg"], "--plot has no meaning with --benchmark"), (["--benchmark", "--fold-bn"], "--fold-bn has no meaning"),
     (["--device", "abacus"], "abacus"), (["--device", "meta"], "meta"), (["--device", "cuda:99"], "--device cuda:99 cannot be used here"),
     (["--train-size", "0"], "at least 1"), (["--train-size", "9" * 20], "at most"), (["--nonsense"], "--nonsense"), (["--epoch", "1"], "--epoch"),
     (["--report", "nowhere"], "no results.json of a run below nowhere")])
@@ -1032,12 +1044,12 @@ def test_help_gives_every_option_with_its_default(capsys):
     assert len(defaults) > 20
 
 
-@pytest.mark.parametrize("arch, dataset, kd_weight, temperature", [("msdnet", "cifar10", 0.5, 3), ("slimmable", "cifar10", 0.9, 1),
-                                                                    ("msdnet", "shapes", 0.5, 3), ("slimmable", "shapes", 0.9, 1)])
-def test_each_family_has_distillation_defaults_of_its_own_and_the_command_line_wins(arch, dataset, kd_weight, temperature):
+@pytest.mark.parametrize("dataset", ["cifar10", "shapes"])
+@pytest.mark.parametrize("arch, kd_weight", [("msdnet", 0.5), ("slimmable", 0.9)])
+def test_each_family_has_distillation_defaults_of_its_own_and_the_command_line_wins(arch, dataset, kd_weight):
     options = lambda *more: ipkd_ta.settle(*ipkd_ta.parse(["--arch", arch, "--dataset", dataset, *more]))
     cfg = options()
-    assert (cfg.kd_weight, cfg.temperature, cfg.kd_warmup) == (kd_weight, temperature, 1)
+    assert (cfg.kd_weight, cfg.temperature, cfg.kd_warmup) == (kd_weight, 1, 1)
     cfg = options("--kd-weight", "0", "--temperature", "2", "--epochs", "7", "--schedule", "linear")
     assert (cfg.kd_weight, cfg.temperature, cfg.epochs, cfg.schedule) == (0, 2, 7, "linear")
 
@@ -1086,7 +1098,7 @@ def test_report_puts_methods_side_by_side_with_mean_and_deviation_over_seeds(tmp
     (tmp_path / "again/results.json").write_text(json.dumps({**results(tmp_path / "ce-0-0"), "evaluated": "checkpoint.pt"}))
     assert run("--report", tmp_path, tmp_path / "ce-0-0") == 0          # a run named twice counts once
     assert capsys.readouterr().out.strip().splitlines() == [
-        "### msdnet on cifar10", "", "300 epochs of 50,000 images, top-1 in %", "",
+        "### msdnet on cifar10", "", "300 epochs of 50,000 images; top-1 in %", "",
         "| sub-model | MMACs | params | ce (3 runs) | ipkd (1 run) | ipkd-ta (3 runs) |", "|---|---:|---:|---:|---:|---:|",
         "| exit-1 | 1.00 | 1,000 | 91.00 ± 1.00 | 89.00 | 91.70 ± 0.82 |", "| exit-2 | 2.00 | 2,000 | 92.00 ± 1.00 | 90.00 | 93.70 ± 0.82 |",
         "", "Differences between runs of the same seed, mean ± standard error:", "",
@@ -1125,6 +1137,15 @@ def test_plot_draws_a_panel_for_each_setting_and_a_line_for_each_method(suffix, 
                                                                           pytest.approx([95 - 8**0.5, 95 + 8**0.5])]
 
 
+def test_panels_of_a_sweep_are_told_apart(tmp_path, monkeypatch):
+    figure, figures = pytest.importorskip("matplotlib.figure").Figure, []
+    monkeypatch.setattr("matplotlib.figure.Figure", lambda **kwargs: figures.append(figure(**kwargs)) or figures[0])
+    for lr in (0.1, 0.2):
+        write_result(tmp_path, "ce", 0, [90.0], lr=lr)
+    assert run("--report", tmp_path, "--plot", tmp_path / "p.svg") == 0
+    assert [axes.get_title().split("images")[1] for axes in figures[0].axes] == [", lr 0.1", ", lr 0.2"]
+
+
 def test_plot_that_cannot_be_is_a_clear_error(tmp_path, capsys, monkeypatch):
     write_result(tmp_path, "ce", 0, [90.0])
     assert run("--plot", tmp_path / "a.svg") == 2 and "--plot needs --report" in capsys.readouterr().err
@@ -1153,7 +1174,7 @@ def test_report_never_averages_over_different_settings(tmp_path, capsys):
     write_result(tmp_path, "ce", 0, [40.0], dataset="cifar100")
     run("--report", tmp_path)
     out = capsys.readouterr().out
-    assert out.count("### ") == 4 and out.count("(1 run)") == 4 and "lr 0.01" in out and "lr 0.1\n" in out
+    assert out.count("### ") == 4 and out.count("(1 run)") == 4 and "lr 0.01" in out and "lr 0.1;" in out
 
 
 SOUND = {"config": {"arch": "msdnet", "dataset": "cifar10", "method": "ce", "seed": 0, "epochs": 3, "train_size": 9},
@@ -1401,6 +1422,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(damage, interrup
     assert err.startswith(f"cannot read checkpoint '{path}'") and "going on from" in err and err.count("\n") == 1
     assert "resuming after 1 epochs" in out
     same_outcome(interrupted, uninterrupted / "msdnet")
+    assert (interrupted / "checkpoint.damaged.pt").read_bytes() == content
 
 
 def test_a_half_written_line_of_metrics_is_repaired(interrupted, uninterrupted):
@@ -1442,6 +1464,19 @@ def test_a_finished_run_says_so_and_does_nothing(uninterrupted, capsys):
     assert run("--resume", "--out", uninterrupted / "msdnet") == 0
     assert capsys.readouterr().out == f"the run in '{uninterrupted / 'msdnet'}' is finished\n"
     assert before == {path: path.stat().st_mtime_ns for path in (uninterrupted / "msdnet").iterdir()}
+
+
+def test_amp_auto_at_resuming_is_what_it_was_when_the_run_began(interrupted, monkeypatch):
+    monkeypatch.setattr(ipkd_ta, "pick_amp", lambda name, device: "bf16" if name == "auto" else name)     # as on another machine
+    assert run("--resume", "--amp", "auto", "--out", interrupted) == 0
+    assert results(interrupted)["config"]["amp"] == "off"
+
+
+def test_a_file_system_without_locks_is_no_hindrance(interrupted, monkeypatch):
+    def flock(*args):
+        raise OSError(38, "Function not implemented")
+    monkeypatch.setattr("fcntl.flock", flock)
+    assert run("--resume", "--out", interrupted) == 0
 
 
 def test_a_directory_in_use_by_another_process_is_refused(interrupted, capfd):
