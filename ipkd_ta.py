@@ -1910,7 +1910,7 @@ def run_evaluation(given):
     """Evaluate a checkpoint as its run did; slimmable networks with universal BatchNorm at any --widths."""
     if set(given) & {"sub_model", "fold_bn"}:
         raise InputError("--sub-model and --fold-bn need --export, the file to write")
-    for name in set(given) - {"eval", "data_dir", "device", "widths", "out", "overwrite"}:
+    for name in sorted(set(given) - {"eval", "data_dir", "device", "widths", "out", "overwrite"}):
         raise InputError(f"{flag(name)} has no meaning with --eval, which takes the options of the checkpoint's run")
     checkpoint = load_checkpoint(given["eval"])
     cfg, model = restore(checkpoint, given["eval"])
@@ -2008,7 +2008,7 @@ def free_name(path):
 def run_export(given):
     """Write one sub-model of a checkpoint as a program that needs this file no more: of torch.export, or ONNX when the
     name ends with .onnx."""
-    for name in set(given) - {"eval", "export", "sub_model", "fold_bn", "data_dir", "overwrite"}:
+    for name in sorted(set(given) - {"eval", "export", "sub_model", "fold_bn", "data_dir", "overwrite"}):
         raise InputError(f"{flag(name)} has no meaning with --export, which takes the options of the checkpoint's run")
     path = Path(given["export"])
     if path.is_dir():
@@ -2088,16 +2088,16 @@ def write_program(model, path, about):
 def run_command(given, defaults):
     """Do what the given options ask for."""
     if "report" in given:
-        for name in set(given) - {"report", "plot"}:
+        for name in sorted(set(given) - {"report", "plot"}):
             raise InputError(f"{flag(name)} has no meaning with --report")
         settings = comparable_runs(given["report"])
         print(report(settings))
         if "plot" in given:
             plot(settings, Path(given["plot"]))
     elif given.pop("benchmark", False):
-        for name in set(given) & {"dataset", "data_dir", "train_size", "val_size", "epochs", "schedule", "out",
-                                  "overwrite", "checkpoint_every", "eval_every", "export", "sub_model", "fold_bn",
-                                  "plot"}:
+        for name in sorted(set(given) & {"dataset", "data_dir", "train_size", "val_size", "epochs", "schedule", "out",
+                                         "overwrite", "checkpoint_every", "eval_every", "export", "sub_model",
+                                         "fold_bn", "plot"}):
             raise InputError(f"{flag(name)} has no meaning with --benchmark, which trains on random images")
         benchmark(settle({"dataset": "cifar10", **given}, defaults))
     elif "eval" in given:

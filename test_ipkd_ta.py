@@ -1010,7 +1010,6 @@ def test_eval_refuses_a_file_that_is_no_checkpoint_and_runs_no_code_from_it(cont
     (["--kd-warmup", "-0.1"], "at least 0"), (["--lr-warmup", "nan"], "nan"), (["--temperature", "0"], "at least 0.001"),
     (["--temperature", "-1"], "'-1'"), (["--temperature", "nan"], "nan"), (["--temperature", "inf"], "inf"), (["--seed", "-1"], "at least 0"),
     (["--checkpoint-every", "nan"], "nan"), (["--checkpoint-every", "inf"], "inf"), (["--exits", "0"], "at least 1 and at most 2147483647, got '0'"),
-    (["--benchmark", "--plot", "a.svg"], "--plot has no meaning with --benchmark"), (["--benchmark", "--fold-bn"], "--fold-bn has no meaning"),
     (["--device", "abacus"], "abacus"), (["--device", "meta"], "meta"), (["--device", "cuda:99"], "--device cuda:99 cannot be used here"),
     (["--train-size", "0"], "at least 1"), (["--train-size", "9" * 20], "at most"), (["--nonsense"], "--nonsense"), (["--epoch", "1"], "--epoch"),
     (["--report", "nowhere"], "no results.json of a run below nowhere")])
@@ -1042,6 +1041,12 @@ def test_help_gives_every_option_with_its_default(capsys):
     for name in defaults:
         assert re.search(rf"--{name.replace('_', '-')}\b[^()]*(\([^()]*\)[^()]*)*\(default: [^)]+\)", text), name
     assert len(defaults) > 20
+
+
+@pytest.mark.parametrize("option", [["--plot", "a.svg"], ["--export", "a.pt2"], ["--sub-model", "exit-1"], ["--fold-bn"]])
+def test_the_benchmark_refuses_what_it_would_not_do(option, capsys):
+    assert run("--benchmark", *option) == 2
+    assert f"{option[0]} has no meaning with --benchmark" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("dataset", ["cifar10", "shapes"])
