@@ -704,7 +704,7 @@ def pick_device(name):
         if device.type == "cuda" and process_count() > 1:
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
-        torch.ones(1, device=device, dtype=torch.float64).item()
+        torch.ones(1, device=device, dtype=torch.float64).item()      # in which evaluation adds up
     except Exception as error:              # unknown, absent, or unable to compute: torch raises many types
         raise InputError(f"--device {name} cannot be used here ({one_line(error)[:200]})") from error
     if device.type == "cuda":               # TF32 for matrix products as for convolutions, the fastest convolution
@@ -1176,6 +1176,7 @@ def compile_model(model, device):
     except Exception as error:              # no C++ compiler, no Triton: torch raises many types
         print(f"--compile does not work here, going on without ({one_line(error)[:200]})", file=sys.stderr)
         return
+    # A CUDA graph's gradients lie in its own memory: they hold for one step, and none may be accumulated over several.
     model.compile(mode="reduce-overhead" if device.type == "cuda" else "default")
 
 
@@ -1465,8 +1466,7 @@ def benchmark(cfg, rounds=5, repetitions=2):
     trainer = Trainer(build_model(cfg, 10).to(device, memory_format=data.memory_format), data, cfg)
     contestants = (("baseline", lambda: next(baseline), draws),
                    ("this file", lambda: trainer.step(batch, progress=0.5), trainer.draws))
-
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else lambda: None
 
     def timed(step):
         wait()
@@ -1704,7 +1704,8 @@ def settle(given, defaults):
 # Runs: training, resuming, evaluating a checkpoint
 # ====================================================================================================================
 
-RUN_FILES = ("config.json", "metrics.jsonl", "checkpoint.pt", "checkpoint.previous.pt", "results.json", "budget.json")
+RUN_FILES = ("config.json", "metrics.jsonl", "checkpoint.pt", "checkpoint.previous.pt", "checkpoint.damaged.pt",
+             "results.json", "budget.json")
 
 
 def run_training(cfg, checkpoint=None, others=RUN_FILES):
