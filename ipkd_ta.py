@@ -2125,6 +2125,7 @@ def main(argv=None):
             elif rank:
                 return 0                         # the first process does that alone
             keep_freed_memory()
+            os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")   # all drawn widths' kernels, not 1,024
             run_command(given, defaults)
             if process_count() > 1:
                 dist.destroy_process_group()

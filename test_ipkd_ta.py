@@ -1253,6 +1253,22 @@ def test_both_memory_formats_give_the_same_logits():
     torch.testing.assert_close(model(x.to(memory_format=torch.channels_last), 0.1), model(x.contiguous(), 0.1), rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
+def test_the_convolution_kernels_of_more_than_a_thousand_shapes_are_kept():
+    program = """if True:
+        import torch, ipkd_ta
+        ipkd_ta.main(["--report", "no-such-directory"])
+        conv = lambda channels: torch.conv2d(torch.ones(4, channels, 8, 8), torch.ones(1, channels, 3, 3))
+        for channels in range(8, 1208):
+            conv(channels)
+        print("again")
+        with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON_CREATION):
+            conv(8)"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=HERE, capture_output=True, text=True)
+    again = done.stdout.split("again")[1]
+    assert "cache_hit" in again and "cache_miss" not in again
+
+
 def test_a_compiled_run_learns_as_an_eager_one_and_says_where_it_cannot(tmp_path, monkeypatch, capsys):
     options = [*TINY["msdnet"], *QUICK, "--exits", 1, "--train-size", 24]            # one full batch and a smaller one
     assert run(*options, "--out", tmp_path / "eager") == 0
