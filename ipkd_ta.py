@@ -22,6 +22,7 @@ import argparse
 import contextlib
 import copy
 import ctypes
+import hashlib
 import inspect
 import io
 import itertools
@@ -189,6 +190,8 @@ class SlimmableMobileNetV1(nn.Module):
 
     def forward(self, x, width=1.0):
         """x: (N, 3, H, W) -> logits (N, num_classes) of the sub-model of this width."""
+        if self.training and self.bn == "universal":
+            self.norms.clear()                   # training makes the calibrated statistics wrong: they are forgotten
         tracked = self.bn == "switchable" or not self.training
         return self._run(x, self._layers(width, tracked), training=self.training)
 
@@ -229,12 +232,6 @@ class SlimmableMobileNetV1(nn.Module):
             base += [base[-1], c_out]
         nearest = [(c * width, max(8, int(c * width / 8 + 0.5) * 8)) for c in base]
         return [c if c >= 0.9 * exact else c + 8 for exact, c in nearest]
-
-    def train(self, mode=True):
-        """As nn.Module.train; training makes calibrated statistics wrong, so they are forgotten when it begins."""
-        if mode and self.bn == "universal":
-            self.norms.clear()
-        return super().train(mode)
 
     @torch.no_grad()
     def calibrate(self, batches, widths=None):
@@ -343,7 +340,7 @@ class MSDNet(nn.Module):
             them sends, not the sum (Li et al., ICCV 2019): its size does not grow with their number.
     Raises:
         ValueError: an argument that is not a positive integer, or an unknown step_mode.
-        TypeError: images that are not floating-point (N, 3, H, W).
+        TypeError: images that are not floating-point (N, 3, 32, 32).
     """
 
     FACTORS = (1, 2, 4)      # channels of a scale relative to the finest; also how far its bottlenecks are wider
@@ -449,9 +446,9 @@ class MSDNet(nn.Module):
 
     @staticmethod
     def check_images(x):
-        """TypeError unless x is a floating-point tensor (N, 3, H, W)."""
-        if not torch.is_tensor(x) or not x.is_floating_point() or x.ndim != 4 or x.shape[1] != 3:
-            raise TypeError(f"x must be a floating-point tensor (N, 3, H, W), got {getattr(x, 'dtype', type(x))} "
+        """TypeError unless x is a floating-point tensor (N, 3, 32, 32)."""
+        if not torch.is_tensor(x) or not x.is_floating_point() or x.ndim != 4 or x.shape[1:] != (3, 32, 32):
+            raise TypeError(f"x must be a floating-point tensor (N, 3, 32, 32), got {getattr(x, 'dtype', type(x))} "
                             f"{tuple(getattr(x, 'shape', ()))}")
 
     def forward(self, x):
@@ -989,7 +986,7 @@ AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 class Family:
     """A network class and how it is trained unless told otherwise."""
     network: type
-    cpu_format: torch.memory_format      # the faster one on a CPU; a GPU's is channels-last
+    cpu_format: torch.memory_format      # a fast one on a CPU; a GPU's is channels-last
     options: dict        # defaults of its own
     shapes: dict         # what differs on the built-in shapes: small networks, briefly trained
 
@@ -1768,22 +1765,25 @@ def go_back(trainer, checkpoint, out):
 
 
 def check_agreement(trainer):
-    """InputError unless all processes begin with the same weights and labels at the same step."""
-    if process_count() > 1:
-        labels = trainer.data.train_labels.double()
-        own = torch.stack([sum(p.detach().double().abs().sum() for p in trainer.model.parameters()),
-                           labels @ torch.arange(len(labels), device=labels.device, dtype=labels.dtype),
-                           labels.new_tensor(trainer.epoch), labels.new_tensor(trainer.steps)])
-        first = own.clone()
-        collectively(dist.broadcast, first, 0)
-        if not first.equal(own):
-            raise InputError(f"process {process_rank()} begins otherwise than process 0: all machines must see the "
-                             "same images and, with --resume, the same --out")
+    """InputError unless all processes begin with the same options, images and weights at the same step."""
+    if process_count() == 1:
+        return
+    options = {k: v for k, v in vars(trainer.cfg).items() if k not in ("out", "data_dir", "device", "checkpoint_every")}
+    begun = hashlib.sha256(json.dumps([options, trainer.epoch, trainer.steps], sort_keys=True).encode())
+    for tensor in (*vars(trainer.data).values(), *trainer.model.state_dict().values()):
+        if torch.is_tensor(tensor):
+            begun.update(tensor.cpu().contiguous().numpy())
+    own = torch.tensor(list(begun.digest()), device=trainer.data.train_images.device)
+    first = own.clone()
+    collectively(dist.broadcast, first, 0)
+    if not first.equal(own):
+        raise InputError(f"process {process_rank()} begins otherwise than process 0: all must have the same options, see "
+                         "the same images and, with --resume, the same --out")
 
 
 def train_and_write(trainer, costs, out):
-    """Train to the end, keeping the files in `out` up to date. SIGINT and SIGTERM end it after a step and a
-    checkpoint."""
+    """Train to the end, keeping the files in `out` up to date. SIGINT and SIGTERM end it after a step, or an evaluation,
+    and a checkpoint."""
     model, data, cfg = trainer.model, trainer.data, trainer.cfg
     start, saved, signals = time.perf_counter(), time.perf_counter(), []
     steps_per_epoch = math.ceil(len(data.train_images) / cfg.batch_size)
@@ -1801,7 +1801,10 @@ def train_and_write(trainer, costs, out):
         progress(share)
         if signals or cfg.checkpoint_every and time.perf_counter() - saved > cfg.checkpoint_every:
             save()
-        if signals:
+        end_if_told()
+
+    def end_if_told():
+        if signals and process_rank() == 0:
             progress.clear()
             print(f"stopped by {signal.Signals(signals[0]).name}; go on with --resume --out {out}", file=sys.stderr)
             raise SystemExit(128 + signals[0])
@@ -1830,9 +1833,11 @@ def train_and_write(trainer, costs, out):
             save()
             progress.clear()
             print(told, flush=True)
+            end_if_told()
         sub_models = sub_models or evaluated()           # resumed after the last epoch
         finish(model, data, cfg, sub_models, out, seconds=round(time.perf_counter() - start, 1),
                processes=process_count())
+        end_if_told()
     finally:
         progress.clear()
         for number, handler in before.items():
@@ -1878,6 +1883,8 @@ def run_resumed(given, defaults):
         files = [path for path in (out / "checkpoint.pt", out / "checkpoint.previous.pt") if path.exists()]
         if files:
             return go_on(out, files, given, defaults)
+    if set(given) <= {"out", "data_dir", "device", "checkpoint_every"}:
+        raise InputError(f"--resume: there is no run in '{out}': name its directory, or the options of one to begin")
     run_training(settle(given, defaults), others=RUN_FILES[2:])
 
 
@@ -2098,7 +2105,7 @@ def run_command(given, defaults):
     elif given.pop("benchmark", False):
         for name in sorted(set(given) & {"dataset", "data_dir", "train_size", "val_size", "epochs", "schedule", "out",
                                          "overwrite", "checkpoint_every", "eval_every", "export", "sub_model",
-                                         "fold_bn", "plot"}):
+                                         "fold_bn", "plot", "kd_warmup"}):
             raise InputError(f"{flag(name)} has no meaning with --benchmark, which trains on random images")
         benchmark(settle({"dataset": "cifar10", **given}, defaults))
     elif "eval" in given:

@@ -319,7 +319,7 @@ def test_calibrated_statistics_are_replaced_by_the_next_calibration_and_forgotte
     model.calibrate([x * 5, x], [0.5])
     model.calibrate(iter([x]), [0.5])
     assert once.equal(model.norms["0_5"][3].running_mean)
-    model.train()
+    model(x, 0.25)                                         # in training mode, which a new model is in
     assert not model.norms                                 # stale as soon as the weights change
     model.calibrate([x])
     model.load_state_dict(state)                           # saved before any calibration
@@ -1383,6 +1383,29 @@ def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(number, uninterr
     same_outcome(tmp_path / "run", uninterrupted / "msdnet")
 
 
+def test_a_signal_during_the_last_evaluation_ends_the_run_before_its_results(uninterrupted, tmp_path, monkeypatch, capsys):
+    evaluate, count = ipkd_ta.evaluate, []
+
+    def signalled(model, data):
+        count.append(1)
+        if len(count) == 3:                                            # epochs
+            os.kill(os.getpid(), signal.SIGINT)
+        return evaluate(model, data)
+    with monkeypatch.context() as patch:
+        patch.setattr(ipkd_ta, "evaluate", signalled)
+        with pytest.raises(SystemExit) as exit:
+            run(*TINY["msdnet"], *LONG, "--out", tmp_path / "run")
+    assert exit.value.code == 130 and not (tmp_path / "run" / "results.json").exists()
+    assert capsys.readouterr().err == f"stopped by SIGINT; go on with --resume --out {tmp_path / 'run'}\n"
+    assert run("--resume", "--out", tmp_path / "run") == 0
+    same_outcome(tmp_path / "run", uninterrupted / "msdnet")
+
+
+def test_resuming_needs_a_run_or_options_to_begin_one(tmp_path, capfd):
+    assert run("--resume", "--out", tmp_path / "typo", "--device", "cpu") == 2
+    assert "there is no run in" in capfd.readouterr().err and not (tmp_path / "typo").exists()
+
+
 def test_a_process_killed_at_random_moments_ends_with_the_same_weights(uninterrupted, tmp_path):
     out, generator, kills = tmp_path / "run", torch.Generator().manual_seed(0), 0
     options = [*TINY["slimmable"], *LONG, "--checkpoint-every", "0.01", "--resume", "--out", str(out)]
@@ -2167,18 +2190,27 @@ def test_the_death_of_a_process_ends_the_run_and_one_process_alone_resumes_it(tw
     assert results(run_directory)["processes"] == 1
 
 
-def test_processes_that_begin_with_other_labels_do_not_train_together(monkeypatch):
+@pytest.mark.parametrize("other", ["labels", "one pixel", "options", "weights"])
+def test_processes_that_begin_otherwise_do_not_train_together(other, monkeypatch):
     data = ipkd_ta.load_data("shapes", None, 40)
     cfg = SimpleNamespace(seed=0, lr=0.1, amp="off")
     first = []
     monkeypatch.setattr(ipkd_ta, "process_count", lambda: 2)
     monkeypatch.setattr(ipkd_ta, "process_rank", lambda: 1)
     monkeypatch.setattr(ipkd_ta, "collectively", lambda operation, tensor, source: tensor.copy_(first[0]) if first else first.append(tensor.clone()))
-    ipkd_ta.check_agreement(ipkd_ta.Trainer(tiny_model("msdnet"), data, cfg))
-    ipkd_ta.check_agreement(ipkd_ta.Trainer(tiny_model("msdnet"), data, cfg))
-    shuffled = ipkd_ta.replace(data, train_labels=data.train_labels.flip(0))
-    with pytest.raises(InputError, match="begins otherwise than process 0"):
-        ipkd_ta.check_agreement(ipkd_ta.Trainer(tiny_model("msdnet"), shuffled, cfg))
+    model = tiny_model("msdnet")
+    ipkd_ta.check_agreement(ipkd_ta.Trainer(model, data, cfg))
+    ipkd_ta.check_agreement(ipkd_ta.Trainer(model, data, SimpleNamespace(**vars(cfg), out="elsewhere", data_dir="elsewhere")))
+    if other == "labels":
+        data.train_labels = data.train_labels.flip(0)
+    elif other == "one pixel":
+        data.test_images[3, 2, 10, 10] ^= 1
+    elif other == "options":
+        cfg.lr = 0.2
+    else:
+        nn.init.zeros_(model.heads[0][-1].bias.data[:1]).add_(1e-6)
+    with pytest.raises(InputError, match="process 1 begins otherwise than process 0"):
+        ipkd_ta.check_agreement(ipkd_ta.Trainer(model, data, cfg))
 
 
 def test_folding_needs_eval_mode_and_may_be_repeated():
