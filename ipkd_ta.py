@@ -1884,7 +1884,7 @@ def run_resumed(given, defaults):
         if files:
             return go_on(out, files, given, defaults)
     if set(given) <= {"out", "data_dir", "device", "checkpoint_every"}:
-        raise InputError(f"--resume: there is no run in '{out}': name its directory, or the options of one to begin")
+        raise InputError(f"--resume: --out '{out}' holds no run: name its directory, or give the options of one to begin")
     run_training(settle(given, defaults), others=RUN_FILES[2:])
 
 

@@ -1403,7 +1403,7 @@ def test_a_signal_during_the_last_evaluation_ends_the_run_before_its_results(uni
 
 def test_resuming_needs_a_run_or_options_to_begin_one(tmp_path, capfd):
     assert run("--resume", "--out", tmp_path / "typo", "--device", "cpu") == 2
-    assert "there is no run in" in capfd.readouterr().err and not (tmp_path / "typo").exists()
+    assert "holds no run" in capfd.readouterr().err and not (tmp_path / "typo").exists()
 
 
 def test_a_process_killed_at_random_moments_ends_with_the_same_weights(uninterrupted, tmp_path):
