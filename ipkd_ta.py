@@ -1777,13 +1777,13 @@ def check_agreement(trainer):
     first = own.clone()
     collectively(dist.broadcast, first, 0)
     if not first.equal(own):
-        raise InputError(f"process {process_rank()} begins otherwise than process 0: all must have the same options, see "
-                         "the same images and, with --resume, the same --out")
+        raise InputError(f"process {process_rank()} begins otherwise than process 0: all must have the same options, "
+                         "see the same images and, with --resume, the same --out")
 
 
 def train_and_write(trainer, costs, out):
-    """Train to the end, keeping the files in `out` up to date. SIGINT and SIGTERM end it after a step, or an evaluation,
-    and a checkpoint."""
+    """Train to the end, keeping the files in `out` up to date. SIGINT and SIGTERM end it after a step, or an
+    evaluation, and a checkpoint."""
     model, data, cfg = trainer.model, trainer.data, trainer.cfg
     start, saved, signals = time.perf_counter(), time.perf_counter(), []
     steps_per_epoch = math.ceil(len(data.train_images) / cfg.batch_size)
@@ -1884,7 +1884,8 @@ def run_resumed(given, defaults):
         if files:
             return go_on(out, files, given, defaults)
     if set(given) <= {"out", "data_dir", "device", "checkpoint_every"}:
-        raise InputError(f"--resume: --out '{out}' holds no run: name its directory, or give the options of one to begin")
+        raise InputError(f"--resume: --out '{out}' holds no run: name its directory, or give the options "
+                         "of one to begin")
     run_training(settle(given, defaults), others=RUN_FILES[2:])
 
 
