@@ -191,7 +191,7 @@ class SlimmableMobileNetV1(nn.Module):
     def forward(self, x, width=1.0):
         """x: (N, 3, H, W) -> logits (N, num_classes) of the sub-model of this width."""
         if self.training and self.bn == "universal":
-            self.norms.clear()                   # training makes the calibrated statistics wrong: they are forgotten
+            self.norms.clear()                   # the weights are about to change: calibrated statistics get wrong
         tracked = self.bn == "switchable" or not self.training
         return self._run(x, self._layers(width, tracked), training=self.training)
 
@@ -236,7 +236,8 @@ class SlimmableMobileNetV1(nn.Module):
     @torch.no_grad()
     def calibrate(self, batches, widths=None):
         """Measure the BatchNorm statistics that eval mode needs: the mean over `batches` of each batch's mean and
-        (unbiased) variance, every batch counting the same. Switchable models track theirs in training: nothing to do.
+        (unbiased) variance, every batch counting the same. A forward pass in training mode forgets them. Switchable
+        models track theirs in training: nothing to do.
 
         Args:
             batches: at least one (N, 3, H, W), normalised training images without augmentation.
@@ -447,7 +448,7 @@ class MSDNet(nn.Module):
     @staticmethod
     def check_images(x):
         """TypeError unless x is a floating-point tensor (N, 3, 32, 32)."""
-        if not torch.is_tensor(x) or not x.is_floating_point() or x.ndim != 4 or x.shape[1:] != (3, 32, 32):
+        if not torch.is_tensor(x) or not x.is_floating_point() or x.shape[1:] != (3, 32, 32):
             raise TypeError(f"x must be a floating-point tensor (N, 3, 32, 32), got {getattr(x, 'dtype', type(x))} "
                             f"{tuple(getattr(x, 'shape', ()))}")
 
@@ -1703,6 +1704,7 @@ def settle(given, defaults):
 
 RUN_FILES = ("config.json", "metrics.jsonl", "checkpoint.pt", "checkpoint.previous.pt", "checkpoint.damaged.pt",
              "results.json", "budget.json")
+PLACE_OPTIONS = {"out", "overwrite", "device", "data_dir", "checkpoint_every"}     # where a run happens, not what it is
 
 
 def run_training(cfg, checkpoint=None, others=RUN_FILES):
@@ -1768,7 +1770,7 @@ def check_agreement(trainer):
     """InputError unless all processes begin with the same options, images and weights at the same step."""
     if process_count() == 1:
         return
-    options = {k: v for k, v in vars(trainer.cfg).items() if k not in ("out", "data_dir", "device", "checkpoint_every")}
+    options = {k: v for k, v in vars(trainer.cfg).items() if k not in PLACE_OPTIONS}
     begun = hashlib.sha256(json.dumps([options, trainer.epoch, trainer.steps], sort_keys=True).encode())
     for tensor in (*vars(trainer.data).values(), *trainer.model.state_dict().values()):
         if torch.is_tensor(tensor):
@@ -1883,9 +1885,8 @@ def run_resumed(given, defaults):
         files = [path for path in (out / "checkpoint.pt", out / "checkpoint.previous.pt") if path.exists()]
         if files:
             return go_on(out, files, given, defaults)
-    if set(given) <= {"out", "data_dir", "device", "checkpoint_every"}:
-        raise InputError(f"--resume: --out '{out}' holds no run: name its directory, or give the options "
-                         "of one to begin")
+    if set(given) <= PLACE_OPTIONS:
+        raise InputError(f"--resume: --out '{out}' holds no run: name its directory, or the options of one to begin")
     run_training(settle(given, defaults), others=RUN_FILES[2:])
 
 
@@ -1902,8 +1903,7 @@ def go_on(out, files, given, defaults):
     config = {**checkpoint["config"], "out": str(out)}
     plain = lambda value: list(value) if isinstance(value, tuple) else value        # widths by default are a tuple
     other = [f"{flag(k)} {config.get(k)}, not {v}" for k, v in sorted(given.items())
-             if k not in ("out", "overwrite", "device", "data_dir", "checkpoint_every")
-             and plain(config.get(k)) != plain(v)]
+             if k not in PLACE_OPTIONS and plain(config.get(k)) != plain(v)]
     if other:
         raise InputError(f"--resume: the run in '{out}' has {'; '.join(other)}: its options stay as they are, for the "
                          "schedules depend on them")

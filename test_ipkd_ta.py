@@ -1043,7 +1043,7 @@ def test_help_gives_every_option_with_its_default(capsys):
     assert len(defaults) > 20
 
 
-@pytest.mark.parametrize("option", [["--plot", "a.svg"], ["--export", "a.pt2"], ["--sub-model", "exit-1"], ["--fold-bn"]])
+@pytest.mark.parametrize("option", [["--plot", "a.svg"], ["--export", "a.pt2"], ["--sub-model", "exit-1"], ["--fold-bn"], ["--kd-warmup", "1"]])
 def test_the_benchmark_refuses_what_it_would_not_do(option, capsys):
     assert run("--benchmark", *option) == 2
     assert f"{option[0]} has no meaning with --benchmark" in capsys.readouterr().err
@@ -1383,26 +1383,27 @@ def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(number, uninterr
     same_outcome(tmp_path / "run", uninterrupted / "msdnet")
 
 
-def test_a_signal_during_the_last_evaluation_ends_the_run_before_its_results(uninterrupted, tmp_path, monkeypatch, capsys):
-    evaluate, count = ipkd_ta.evaluate, []
+@pytest.mark.parametrize("function, call", [("evaluate", 3), ("finish", 1)])              # of the last of three epochs
+def test_a_signal_during_the_last_evaluation_ends_the_run(function, call, uninterrupted, tmp_path, monkeypatch, capsys):
+    original, count = getattr(ipkd_ta, function), []
 
-    def signalled(model, data):
+    def signalled(*args, **kwargs):
         count.append(1)
-        if len(count) == 3:                                            # epochs
+        if len(count) == call:
             os.kill(os.getpid(), signal.SIGINT)
-        return evaluate(model, data)
+        return original(*args, **kwargs)
     with monkeypatch.context() as patch:
-        patch.setattr(ipkd_ta, "evaluate", signalled)
+        patch.setattr(ipkd_ta, function, signalled)
         with pytest.raises(SystemExit) as exit:
             run(*TINY["msdnet"], *LONG, "--out", tmp_path / "run")
-    assert exit.value.code == 130 and not (tmp_path / "run" / "results.json").exists()
+    assert exit.value.code == 130 and (tmp_path / "run" / "results.json").exists() == (function == "finish")
     assert capsys.readouterr().err == f"stopped by SIGINT; go on with --resume --out {tmp_path / 'run'}\n"
     assert run("--resume", "--out", tmp_path / "run") == 0
     same_outcome(tmp_path / "run", uninterrupted / "msdnet")
 
 
 def test_resuming_needs_a_run_or_options_to_begin_one(tmp_path, capfd):
-    assert run("--resume", "--out", tmp_path / "typo", "--device", "cpu") == 2
+    assert run("--resume", "--out", tmp_path / "typo", "--device", "cpu", "--overwrite") == 2
     assert "holds no run" in capfd.readouterr().err and not (tmp_path / "typo").exists()
 
 
