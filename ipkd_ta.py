@@ -50,6 +50,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 from torchvision.ops import Conv2dNormActivation
 
+__version__ = "1.1"
+
 # ====================================================================================================================
 # The loss: the algorithm in one screen
 # ====================================================================================================================
@@ -188,8 +190,9 @@ class SlimmableMobileNetV1(nn.Module):
         else:
             self.affine = nn.ModuleList(nn.BatchNorm2d(c, track_running_stats=False) for c in counts)
 
-    def forward(self, x, width=1.0):
-        """x: (N, 3, H, W) -> logits (N, num_classes) of the sub-model of this width."""
+    def forward(self, x, width=None):
+        """x: (N, 3, H, W) -> logits (N, num_classes) of the sub-model of this width (default: the largest)."""
+        width = self.high if width is None else width
         if self.training and self.bn == "universal":
             self.norms.clear()                   # the weights are about to change: calibrated statistics get wrong
         tracked = self.bn == "switchable" or not self.training
@@ -235,25 +238,47 @@ class SlimmableMobileNetV1(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, batches, widths=None):
-        """Measure the BatchNorm statistics that eval mode needs: the mean over `batches` of each batch's mean and
-        (unbiased) variance, every batch counting the same. A forward pass in training mode forgets them. Switchable
-        models track theirs in training: nothing to do.
+        """Measure the BatchNorm statistics that eval mode needs: the mean over all images of the mean and (unbiased)
+        variance of the batch that each is in. Batches of fewer than 32 images are joined. A universal model forgets its
+        statistics at the next forward pass in training mode, a switchable one goes on from them.
 
         Args:
-            batches: at least one (N, 3, H, W), normalised training images without augmentation.
-            widths: which to measure, any in [widths[0], widths[-1]] (default: `widths`).
+            batches: iterable of normalised training images (N, 3, H, W), augmented as in training; or of tuples that
+                begin with them, as a DataLoader gives.
+            widths: which to measure (default: `widths`); of a universal model any in [widths[0], widths[-1]].
         """
-        batches = list(batches)
-        if not batches:
+        widths = self.widths if widths is None else [float(width) for width in widths]
+        for width in widths:
+            self._layers(width, tracked=self.bn == "switchable")      # refuses a wrong width before anything is stored
+        n = 0
+        for x in self._joined(batches, least=32):
+            x, n = x.to(self.classifier.weight.device), n + len(x)
+            for width in widths:
+                if n == len(x):
+                    self._reset_norms(width)
+                self._run(x, self._layers(width, tracked=True), training=True, momentum=len(x) / n)
+        if not n:
             raise ValueError("calibrate needs at least one batch of images")
-        if self.bn == "switchable":
-            return
-        for width in self.widths if widths is None else widths:
-            self._layers(width, tracked=False)               # refuses a wrong width before anything is stored
+
+    @staticmethod
+    def _joined(batches, least):
+        """Images of each batch, or of each tuple that begins with them; batches that are too small are joined until they
+        hold at least `least` images, what is left at the end to the batch before."""
+        held, small = [], []
+        for batch in batches:
+            small.append(batch if torch.is_tensor(batch) else batch[0])
+            if sum(map(len, small)) >= least:
+                if held:
+                    yield torch.cat(held)
+                held, small = small, []
+        if held or small:
+            yield torch.cat(held + small)
+
+    def _reset_norms(self, width):
+        if self.bn == "universal":
             self._add_norms(width)
-            layers = self._layers(width, tracked=True)
-            for n, x in enumerate(batches, start=1):
-                self._run(x, layers, training=True, momentum=1 / n)
+        for norm in self.norms[self._key(width)]:
+            norm.reset_running_stats()
 
     def calibrated(self, width):
         """Whether the BatchNorm statistics of this width are known."""
@@ -439,11 +464,6 @@ class MSDNet(nn.Module):
             self.heads.append(nn.Sequential(                       # 8x8 -> 4x4 -> 2x2 -> 1x1 pixels
                 Conv2dNormActivation(n * factors[-1], 128, 3, stride=2), Conv2dNormActivation(128, 128, 3, stride=2),
                 nn.AvgPool2d(2), nn.Flatten(), nn.Linear(128, num_classes)))
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):                      # N(0, sqrt(2 / (k k C_out)))
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            elif isinstance(module, nn.Linear):
-                nn.init.zeros_(module.bias)
 
     @staticmethod
     def check_images(x):
@@ -988,18 +1008,19 @@ class Family:
     """A network class and how it is trained unless told otherwise."""
     network: type
     cpu_format: torch.memory_format      # a fast one on a CPU; a GPU's is channels-last
+    decay_all: bool      # weight decay on every parameter, or only on weights of full convolutions and linear layers
     options: dict        # defaults of its own
     shapes: dict         # what differs on the built-in shapes: small networks, briefly trained
 
 
 FAMILIES = {
     "msdnet": Family(
-        MSDNet, torch.contiguous_format, dict(epochs=300, schedule="multistep", kd_weight=0.5),
+        MSDNet, torch.contiguous_format, True, dict(epochs=300, schedule="multistep", kd_weight=0.5, lr_warmup=0.05),
         dict(epochs=3, batch_size=32, schedule="cosine", exits=4, base=1, step=1, step_mode="lin_grow", channels=8,
              growth=4)),
     "slimmable": Family(
-        SlimmableMobileNetV1, torch.channels_last,
-        dict(epochs=200, schedule="cosine", kd_weight=0.9),
+        SlimmableMobileNetV1, torch.channels_last, False,
+        dict(epochs=200, schedule="cosine", kd_weight=0.5, lr_warmup=0.3),
         dict(epochs=5, batch_size=16, lr=0.03, widths=(0.125, 0.25, 0.375, 0.5))),
 }
 
@@ -1036,6 +1057,16 @@ def ramp(progress, share):
     return min(1, progress / share) if share else 1
 
 
+def parameter_groups(model, cfg):
+    """The parameters for SGD, with weight decay and without: BatchNorm's, biases and depthwise weights, where the family
+    decays not all (as in slimmable_networks)."""
+    decay_all, groups = FAMILIES[cfg.arch].decay_all, ([], [])
+    for p in model.parameters():
+        groups[decay_all or p.ndim > 1 and p.shape[1] > 1].append(p)
+    return [{"params": params, "weight_decay": decay}
+            for params, decay in zip(groups, (0.0, cfg.weight_decay)) if params]
+
+
 def train_step(model, images, labels, cfg, kd_weight, scaler, generator):
     """Gradients of the loss for one batch, added to the parameters'; returns the loss, and the cross-entropy of each
     sub-model by name, which tells where a loss that is not finite came from.
@@ -1044,7 +1075,7 @@ def train_step(model, images, labels, cfg, kd_weight, scaler, generator):
     no gradient any more, so each backward adds what its own sub-models contribute to L, and the last loss is all of L.
     """
     known, parts = [], {}
-    for names, forward in model.training_passes(lambda low, high: sandwich_widths(4, low, high, generator)):
+    for names, forward in model.training_passes(lambda low, high: sandwich_widths(cfg.sandwich, low, high, generator)):
         with torch.autocast(images.device.type, AMP_TYPES.get(cfg.amp), enabled=cfg.amp in AMP_TYPES):
             logits = forward(images)
         loss = ipkd_ta_loss(logits + known, labels, cfg.method, kd_weight, cfg.temperature)
@@ -1075,7 +1106,7 @@ class Trainer:
         self.crops = torch.Generator().manual_seed(cfg.seed)
         self.scaler = torch.amp.GradScaler(device.type, enabled=cfg.amp == "fp16")
         self.optimizer = torch.optim.SGD(      # fused, its momentum stays unset when the scaler skips the first step
-            model.parameters(), lr=cfg.lr, momentum=0.9, nesterov=True, weight_decay=1e-4, fused=cfg.amp != "fp16")
+            parameter_groups(model, cfg), lr=cfg.lr, momentum=0.9, nesterov=True, fused=cfg.amp != "fp16")
         self.epoch = self.steps = self.lr = self.kd_weight = 0
         self.order = self.loss_sum = None
         self.unchecked = []             # steps since the last check: their number, learning rate, loss and its parts
@@ -1104,18 +1135,16 @@ class Trainer:
         cfg, data = self.cfg, self.data
         self.lr = cfg.lr * lr_factor(cfg.schedule, progress) * ramp(progress, cfg.lr_warmup)
         self.kd_weight = cfg.kd_weight * ramp(progress, cfg.kd_warmup)
-        self.optimizer.param_groups[0]["lr"] = self.lr      # of progress alone: no scheduler object
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr                           # of progress alone: no scheduler object
         images, labels = augment(data.train_images[batch], self.crops), data.train_labels[batch]
         processes = process_count()
         share = 1 / processes
         if len(batch) >= processes:              # every process draws for the whole batch, and computes its part of it
             images, labels = images[process_rank()::processes], labels[process_rank()::processes]
             share = len(labels) / len(batch)
-        whole = len(batch) == min(cfg.batch_size, len(data.train_images))
-        graph = "default" if whole else "force_eager"       # no second graph for the last batch
-        with torch.compiler.set_stance(graph):
-            loss, parts = train_step(self.model, data.normalise(images), labels, cfg, self.kd_weight, self.scaler,
-                                     self.draws)
+        loss, parts = train_step(self.model, data.normalise(images), labels, cfg, self.kd_weight, self.scaler,
+                                 self.draws)
         if processes > 1:
             merge_gradients(self.model, loss, share)
         self.scaler.step(self.optimizer)
@@ -1151,7 +1180,9 @@ def train(trainer, tick):
         if trainer.steps == 0:
             trainer.order = torch.randperm(n, generator=trainer.draws).to(device)
             trainer.loss_sum = torch.zeros((), device=device)
-        batches = trainer.order.split(cfg.batch_size)
+        # Whole batches only: a step on a few images would count like a full one, with BatchNorm statistics of a few.
+        # Other images are left out in each epoch.
+        batches = trainer.order[:max(n // cfg.batch_size, 1) * cfg.batch_size].split(cfg.batch_size)
         start, images = time.perf_counter(), 0
         for batch in batches[trainer.steps:]:
             progress = (trainer.epoch + (trainer.steps + 0.5) / len(batches)) / cfg.epochs      # in mid-step
@@ -1162,7 +1193,7 @@ def train(trainer, tick):
             tick(progress)
         trainer.check()                                # waits for the device: the clock stops after the last step
         speed = images / (time.perf_counter() - start)
-        trainer.epoch, trainer.steps, loss = trainer.epoch + 1, 0, trainer.loss_sum.item() / n
+        trainer.epoch, trainer.steps, loss = trainer.epoch + 1, 0, trainer.loss_sum.item() / sum(map(len, batches))
         yield {"epoch": trainer.epoch, "lr": trainer.lr, "kd_weight": trainer.kd_weight, "loss": loss}, speed
 
 
@@ -1243,10 +1274,11 @@ def budgeted(model, data):
 
 
 def calibration_batches(data, images=2048, batch_size=256):
-    """Training images for `calibrate`: the same ones at every call."""
-    n = len(data.train_images)
-    chosen = torch.randperm(n, generator=torch.Generator().manual_seed(0))[:images].to(data.train_images.device)
-    return [data.normalise(data.train_images[batch]) for batch in chosen.split(batch_size)]
+    """Training images for `calibrate`, the same at every call, augmented as in training: the statistics are to be those
+    that the weights were trained with."""
+    n, generator = len(data.train_images), torch.Generator().manual_seed(0)
+    chosen = torch.randperm(n, generator=generator)[:images].to(data.train_images.device)
+    return [data.normalise(augment(data.train_images[batch], generator)) for batch in chosen.split(batch_size)]
 
 
 def results_table(sub_models):
@@ -1283,10 +1315,9 @@ def comparable_runs(directories):
         if "evaluated" in run:       # by --eval: no run of its own
             continue
         cfg = run["config"]          # runs may differ in these; whatever else differs makes another setting
-        per_run = {"method", "seed", "out", "device", "compile", "checkpoint_every", "eval_every"}
-        if cfg["dataset"] != "folder":
-            per_run.add("data_dir")
+        per_run = {"method", "seed", "out", "data_dir", "device", "compile", "checkpoint_every", "eval_every"}
         setting = {k: str(v) for k, v in cfg.items() if k not in per_run}
+        setting["dataset"] = run.get("dataset", cfg["dataset"])
         setting["sub-models"] = ", ".join(sub["name"] for sub in run["sub_models"])
         by_method = settings.setdefault(tuple(sorted(setting.items())), {method: {} for method in METHODS})
         twin = by_method[cfg["method"]].setdefault(cfg["seed"], {**run, "path": path})["path"]
@@ -1439,7 +1470,7 @@ def usual_steps(model, data, cfg, draws):
     DataLoader, each fetching its loss, which is yielded. draws: CPU generator of the widths."""
     device, scaler = data.train_images.device, torch.amp.GradScaler(enabled=False)
     cfg = SimpleNamespace(**{**vars(cfg), "amp": "off"})
-    optimizer = torch.optim.SGD(model.parameters(), lr=cfg.lr, momentum=0.9, nesterov=True, weight_decay=1e-4)
+    optimizer = torch.optim.SGD(parameter_groups(model, cfg), lr=cfg.lr, momentum=0.9, nesterov=True)
     while True:
         for images, labels in torch.utils.data.DataLoader(UsualImages(data), cfg.batch_size, shuffle=True):
             loss, _ = train_step(model, images.to(device), labels.to(device), cfg, cfg.kd_weight, scaler, draws)
@@ -1617,9 +1648,12 @@ def build_parser():
     add(g, "--epochs", None, "passes over the training images", by_family("epochs"), type=count)
     add(g, "--batch-size", 64, "images per step, of all processes together", type=count)
     add(g, "--lr", 0.1, "highest learning rate of SGD", type=number(float, 0, above=True))
-    add(g, "--lr-warmup", 0.05, "share of training over which the learning rate rises from 0, 0 to 1", type=share)
+    add(g, "--lr-warmup", None, "share of training over which the learning rate rises from 0, 0 to 1",
+        by_family("lr_warmup"), type=share)
     add(g, "--schedule", None, "multistep: x 0.1 at 50 %% and 75 %% of training; cosine, linear: down to 0",
         by_family("schedule"), choices=("multistep", "cosine", "linear"))
+    add(g, "--weight-decay", 1e-4, "of SGD; slimmable: only on full convolutions and the classifier",
+        type=number(float, 0))
     add(g, "--eval-every", 1, "epochs between evaluations; the last epoch is always evaluated", type=count)
     add(g, "--seed", 0, "of the weights, the order and augmentation of the images, and the widths",
         type=number(int, 0, 2**63 - 1), metavar="N")
@@ -1645,6 +1679,8 @@ def build_parser():
     g, own = parser.add_argument_group("--arch slimmable"), model_options(SlimmableMobileNetV1)
     add(g, "--widths", own["widths"], "width multipliers ascending in (0, 1]: the sub-models; with --eval, which to do",
         type=number(float, 0, 1, above=True), nargs="+")
+    add(g, "--sandwich", 4, "widths trained in each step where BatchNorm is universal: largest, smallest, others drawn",
+        type=number(int, 2, 2**31 - 1), metavar="N")
     add(g, "--bn", own["bn"], "one BatchNorm for all widths, calibrated after training, or one for each of --widths",
         choices=("universal", "switchable"))
 
@@ -1688,7 +1724,7 @@ def settle(given, defaults):
     cfg = SimpleNamespace(**{**defaults, **given})
     family = FAMILIES[cfg.arch]
     for arch in set(FAMILIES) - {cfg.arch}:
-        for name in model_options(FAMILIES[arch].network):
+        for name in [*model_options(FAMILIES[arch].network), *(["sandwich"] if arch == "slimmable" else [])]:
             if name in given:
                 raise InputError(f"{flag(name)} is an option of --arch {arch}: it has no meaning for --arch {cfg.arch}")
             delattr(cfg, name)
@@ -1731,7 +1767,8 @@ def run_training(cfg, checkpoint=None, others=RUN_FILES):
     costs = [vars(sub) for sub in model.sub_models()]
     trainer = Trainer(model, data, cfg)
     print(f"{cfg.arch}, {len(costs)} sub-models, {sum(p.numel() for p in model.parameters()):,} parameters; method "
-          f"{cfg.method}; {cfg.device}, amp {cfg.amp}\n{cfg.dataset}: {len(data.train_images):,} training and "
+          f"{cfg.method}; {cfg.device}, amp {cfg.amp}\n{described_recipe(cfg)}\n"
+          f"{dataset_name(cfg)}: {len(data.train_images):,} training and "
           f"{len(data.test_images):,} test images of {len(data.classes)} classes, loaded in {seconds:.1f} s\n"
           f"writing to {out}", flush=True)
 
@@ -1748,6 +1785,19 @@ def run_training(cfg, checkpoint=None, others=RUN_FILES):
         if cfg.compile:
             compile_model(model, device)
         train_and_write(trainer, costs, out)
+
+
+def described_recipe(cfg):
+    """One line: what decides how well the networks learn."""
+    distillation = "labels only" if cfg.method == "ce" else (
+        f"kd-weight {cfg.kd_weight:g} after {cfg.kd_warmup:.0%} of training, temperature {cfg.temperature:g}")
+    return (f"{distillation}; {cfg.epochs} epochs of batches of {cfg.batch_size}, lr {cfg.lr:g} after a warm-up over "
+            f"{cfg.lr_warmup:.0%}, {cfg.schedule}; weight decay {cfg.weight_decay:g}")
+
+
+def dataset_name(cfg):
+    """Name of the data set in tables and results; of a folder, its own."""
+    return Path(cfg.data_dir).resolve().name if cfg.dataset == "folder" else cfg.dataset
 
 
 def go_back(trainer, checkpoint, out):
@@ -1788,7 +1838,7 @@ def train_and_write(trainer, costs, out):
     evaluation, and a checkpoint."""
     model, data, cfg = trainer.model, trainer.data, trainer.cfg
     start, saved, signals = time.perf_counter(), time.perf_counter(), []
-    steps_per_epoch = math.ceil(len(data.train_images) / cfg.batch_size)
+    steps_per_epoch = max(len(data.train_images) // cfg.batch_size, 1)
     progress = Progress((trainer.epoch + trainer.steps / steps_per_epoch) / cfg.epochs)
     smallest, largest, sub_models = costs[0]["name"], costs[-1]["name"], None
 
@@ -1872,8 +1922,10 @@ def finish(model, data, cfg, sub_models, out=None, **more):
             if out:
                 write_json(out / "budget.json", result)
     if out:
-        versions = {"python": sys.version.split()[0], **{m.__name__: m.__version__ for m in (torch, torchvision)}}
-        write_json(out / "results.json", {"config": vars(cfg), "sub_models": sub_models, "versions": versions, **more})
+        versions = {"ipkd_ta": __version__, "sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12],
+                    "python": sys.version.split()[0], **{m.__name__: m.__version__ for m in (torch, torchvision)}}
+        write_json(out / "results.json", {"config": vars(cfg), "dataset": dataset_name(cfg), "sub_models": sub_models,
+                                          "versions": versions, **more})
 
 
 def run_resumed(given, defaults):
