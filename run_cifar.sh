@@ -1,50 +1,95 @@
 #!/usr/bin/env bash
-# Train every architecture with every method on every data set and seed, one after the other, then print all results
-# as Markdown tables, mean ± standard deviation over the seeds. Runs that are finished are skipped and interrupted ones
-# resumed, so the script can be started again; give other settings another OUT. Options given to the script are passed on
-# to every run, those in MSDNET and SLIMMABLE to the runs of that architecture.
+# Train every architecture with every method on every data set and seed, then print all results as Markdown tables. Runs
+# that are finished are skipped and interrupted ones resumed: start the script again to go on. Give other settings another
+# OUT. Arguments of the script go to every run, but --kd-weight, --kd-warmup and --temperature not to METHODS=ce. Paths
+# are relative to the directory that you call it from. The output of each run is in OUT/RUN.log.
 #
-#   ./run_cifar.sh                                                        # the whole study
-#   EPOCHS=30 DATASETS=cifar10 SEEDS="0 1 2" OUT=short ./run_cifar.sh     # a part of it
-#   MSDNET="--exits 5 --step-mode lin_grow" ARCHS=msdnet OUT=five ./run_cifar.sh --lr 0.05
+#   ./run_cifar.sh                                                          # the whole study, one run after the other
+#   JOBS=4 EPOCHS=30 DATASETS=cifar10 SEEDS=0 OUT=short ./run_cifar.sh      # a part of it, four runs side by side
+#   DATASETS="photos data/flowers" MSDNET="--exits 5" OUT=own ./run_cifar.sh --lr 0.05     # folders of images
 set -uo pipefail
-cd "$(dirname "$0")" || exit
+
+stop() {                                  # Ctrl-C does not reach what runs in the background
+  trap '' INT TERM
+  # until none is left: a run that has just begun may miss the first signal
+  while kill $(jobs -pr); do sleep 0.1; done 2>/dev/null
+  echo "stopped: call it again to go on" >&2
+  exit "$1"
+}
+trap 'stop 130' INT
+trap 'stop 143' TERM
 
 ARCHS=${ARCHS-"msdnet slimmable"}
-DATASETS=${DATASETS-"cifar10 cifar100"}
+DATASETS=${DATASETS-"cifar10 cifar100"}   # also shapes, or folders that hold train/<class>/* and test/<class>/*
 METHODS=${METHODS-"ce ipkd ipkd-ta"}
 SEEDS=${SEEDS-"0 1 2"}
-EPOCHS=${EPOCHS-}             # empty: 300 for MSDNet, 200 for slimmable
-MSDNET=${MSDNET-}
-SLIMMABLE=${SLIMMABLE-}
+EPOCHS=${EPOCHS-}                         # empty: 300 for MSDNet, 200 for slimmable
+MSDNET=${MSDNET-} SLIMMABLE=${SLIMMABLE-} # options of one architecture
 OUT=${OUT-runs/cifar}
+JOBS=${JOBS-1}                            # runs side by side: they share the cores, and take the GPUs in turn
 PYTHON=${PYTHON-python}
 
-failed=()
-for seed in $SEEDS; do
-  for dataset in $DATASETS; do
-    for arch in $ARCHS; do
-      for method in $METHODS; do
-        name=$arch-$dataset-$method-seed$seed
-        if [ -f "$OUT/$name/results.json" ]; then
-          echo "== $name: already finished"
-          continue
-        fi
-        echo "== $name"
-        [ "$arch" = msdnet ] && own=$MSDNET || own=$SLIMMABLE
-        # shellcheck disable=SC2086             # $own is several words
-        "$PYTHON" ipkd_ta.py --arch "$arch" --dataset "$dataset" --method "$method" --seed "$seed" \
-          ${EPOCHS:+--epochs "$EPOCHS"} --out "$OUT/$name" --resume $own "$@"
-        status=$?
-        [ $status -eq 130 ] && exit 130          # interrupted from the keyboard: stop altogether
-        [ $status -eq 0 ] || failed+=("$name")
-      done
+program=$(dirname "$0")/ipkd_ta.py
+fail() { echo "run_cifar.sh: $1" >&2; exit 2; }
+[[ $JOBS =~ ^[1-9][0-9]*$ ]] || fail "JOBS must be a whole number from 1, got '$JOBS'"
+twins=$(for dataset in $DATASETS; do basename "$dataset"; done | sort | uniq -d)
+[ -z "$twins" ] || fail "two data sets have the name $twins: give each an OUT of its own"
+mkdir -p "$OUT" || exit 2
+
+threads=$(($(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) / JOBS))
+[ "$JOBS" -eq 1 ] || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
+gpus=${CUDA_VISIBLE_DEVICES-$(nvidia-smi -L 2>/dev/null | sed -n 's/^GPU \([0-9]*\):.*/\1/p' | paste -sd ,)}
+IFS=, read -ra gpus <<<"$gpus"
+running=() names=() failed=()             # process and name of the run in each place from 0 to JOBS - 1
+
+wait_for_place() {                        # until fewer than $1 runs are going; says which have ended
+  while true; do
+    for place in "${!running[@]}"; do
+      kill -0 "${running[place]}" 2>/dev/null && continue
+      wait "${running[place]}" 2>/dev/null
+      status=$?
+      echo "${names[place]}: ends with status $status"
+      [ $status -eq 0 ] || failed+=("${names[place]}")
+      unset "running[place]"
     done
+    [ ${#running[@]} -ge "$1" ] || break
+    sleep 0.5
   done
-done
+}
+
+for seed in $SEEDS; do for dataset in $DATASETS; do for arch in $ARCHS; do for method in $METHODS; do
+  folder=${dataset%/}
+  name=$arch-${folder##*/}-$method-seed$seed
+  if [ -f "$OUT/$name/results.json" ]; then echo "$name: already finished"; continue; fi
+
+  # options of the architecture and of the script, as far as this method takes them, then the run's own, which win
+  [ "$arch" = msdnet ] && own=$MSDNET || own=$SLIMMABLE
+  options=() drop=
+  for word in $own "$@"; do
+    [ -z "$drop" ] || { drop=; continue; }
+    case $method:$word in
+      ce:--kd-weight | ce:--kd-warmup | ce:--temperature) drop=value ;;
+      ce:--kd-weight=* | ce:--kd-warmup=* | ce:--temperature=*) ;;
+      *) options+=("$word") ;;
+    esac
+  done
+  case $dataset in
+    cifar10 | cifar100 | shapes | folder) options+=(--dataset "$dataset") ;;
+    *) options+=(--dataset folder --data-dir "$dataset") ;;
+  esac
+  options+=(--arch "$arch" --method "$method" --seed "$seed" --out "$OUT/$name" --resume)
+
+  wait_for_place "$JOBS"
+  for ((place = 0; place < JOBS; place++)); do [ -n "${running[place]-}" ] || break; done
+  [ ${#gpus[@]} -lt 2 ] || export CUDA_VISIBLE_DEVICES=${gpus[place % ${#gpus[@]}]}
+  echo "$name: begins"
+  "$PYTHON" "$program" ${EPOCHS:+--epochs "$EPOCHS"} "${options[@]}" </dev/null >>"$OUT/$name.log" 2>&1 &
+  running[place]=$! names[place]=$name
+done; done; done; done
+wait_for_place 1
 
 echo
-"$PYTHON" ipkd_ta.py --report "$OUT"
+"$PYTHON" "$program" --report "$OUT"
 status=$?
 if [ ${#failed[@]} -gt 0 ]; then
   echo "run_cifar.sh: failed: ${failed[*]}" >&2
