@@ -724,7 +724,7 @@ class TestData:
         (lambda root: shutil.rmtree(root / "test/dog"), "dog"),
         (lambda root: [path.unlink() for path in (root / "train/dog").iterdir()], "dog"),
         (lambda root: [shutil.rmtree(root / "train" / c) for c in ("café", "dog")], "there is none"),
-        (lambda root: write_images(root, classes=[unicodedata.normalize("NFD", "café")]), "café"),       # a class twice
+        (lambda root: write_images(root, classes=[unicodedata.normalize("NFD", "café")]), "café"),  # a class twice
         (lambda root: None, "folder has 8")])    # and 9 are asked for
     def test_a_wrong_folder_is_one_clear_line(self, spoil, message, tmp_path, capfd):
         spoil(write_images(tmp_path / "images"))
