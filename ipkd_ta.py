@@ -1009,8 +1009,6 @@ def train(cfg, model, data, out, checkpoint=None):
 
         # the mean loss: only here the device is waited for
         loss, speed = total.item() / steps, steps * len(batch) / (time.perf_counter() - start)
-        if not math.isfinite(loss) or not all(t.isfinite().all() for t in (*model.parameters(), *model.buffers())):
-            raise InputError(f"diverged in epoch {epoch + 1}, mean loss {loss:.4g}: try a lower --lr than {cfg.lr:g}")
         record = {"epoch": epoch + 1, "lr": lr, "kd_weight": kd_weight, "loss": loss}
         line = f"epoch {epoch + 1}/{cfg.epochs}  lr {lr:.4f}  loss {loss:.4f}  {speed:.0f} images/s"
 
@@ -1022,6 +1020,11 @@ def train(cfg, model, data, out, checkpoint=None):
             accuracies, names = evaluate(model, data), model.names()
             record["top1"] = top1 = [accuracy["top1"] for accuracy in accuracies]
             line += f"  top-1 {names[0]} {top1[0]:.2f} %, {names[-1]} {top1[-1]:.2f} %"
+
+        # nothing that diverged is kept
+        numbers = torch.tensor([loss, *(accuracy["loss"] for accuracy in accuracies or ())])
+        if not all(t.isfinite().all() for t in (numbers, *model.parameters(), *model.buffers())):
+            raise InputError(f"diverged in epoch {epoch + 1}, mean loss {loss:.4g}: try a lower --lr than {cfg.lr:g}")
 
         # all that is needed to go on from here
         metrics.append(record)
@@ -1310,6 +1313,9 @@ def claim(out, cfg, overwrite):
 
 def run_training(args, given):
     """Train, print and write all that a run consists of. The name of its directory is left in `args`."""
+    config = args.get("out", Path()) / "config.json"
+    if args.keys() & {"resume", "overwrite"} and config.is_file() and not config.stat().st_size:
+        config.unlink()                          # its run died while it wrote its first file
     cfg, checkpoint = resumed(args, given) if "resume" in args else (None, None)
     out, new, cfg = args.get("out"), cfg is None, cfg or make_config(given)
     (device, memory_format), (rank, world_size) = pick_device(cfg), rank_and_world_size()

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train every architecture with every method on every data set and seed, then print all results as Markdown tables. Runs
 # that are finished are skipped and interrupted ones resumed: start the script again to go on. Give other settings
-# another OUT. Arguments of the script go to every run, but --kd-weight, --kd-warmup and --temperature not to METHODS=ce.
+# another OUT. Arguments of the script go to every run, but --kd-weight, --kd-warmup, --temperature not to METHODS=ce.
 # Paths are relative to the directory that you call it from. The output of each run is in OUT/RUN.log.
 #
 #   ./run_cifar.sh                                                          # the whole study, one run after the other

@@ -897,7 +897,6 @@ class TestTraining:
         assert "diverged" in err and "epoch 2" in err and "--lr than 0.1" in err
         assert good["epoch"] == 1 and all(value.isfinite().all() for value in good["model"].values())
 
-    @pytest.mark.xfail(strict=True, reason="FAULT of the program, reported")
     def test_a_divergence_in_the_last_step_writes_no_results(self, tmp_path, capfd):
         options = {**TINY["msdnet"], **QUICK, "batch_size": 40, "lr": 1e6, "lr_warmup": 0, "weight_decay": 1e6}
         assert "diverged" in refused(capfd, out=tmp_path, **options) and not (tmp_path / "results.json").exists()
@@ -1150,7 +1149,6 @@ class TestResume:
         assert str(path) in refused(capfd, *([mode, path] if mode == "--eval" else [mode, "--out", out]))
         assert before == {file: file.read_bytes() for file in out.iterdir()} and not Path("executed").exists()
 
-    @pytest.mark.xfail(strict=True, reason="FAULT of the program, reported")
     @rows("mode", ["--resume", "--overwrite"])
     def test_a_run_that_died_while_it_wrote_its_first_file_can_begin_again(self, mode, tmp_path):
         (tmp_path / "config.json").touch()
