@@ -657,8 +657,10 @@ def load_cifar(name, root, splits):
                     state = "is sound" if sound else "is incomplete or damaged"
                     Path(own, cls.filename if sound else "damaged").symlink_to(archive.resolve())
                 sets = [cls(own, train=split == "train", download=True) for split in splits]
-                if os.access(root, os.W_OK) and not unpacked.exists():
+                try:                 # keep it for the next time
                     os.replace(Path(own, cls.base_folder), unpacked)
+                except OSError:      # another process was first, or the directory is read-only
+                    pass
     except (OSError, RuntimeError) as error:
         raise InputError(f"{name} cannot be read: '{archive}' {state}, downloading or unpacking failed ({error}): put "
                          f"{cls.filename} from https://www.cs.toronto.edu/~kriz/cifar.html into '{root}'") from error
