@@ -658,8 +658,9 @@ def load_cifar(name, root, splits):
                     Path(own, cls.filename if sound else "damaged").symlink_to(archive.resolve())
                 sets = [cls(own, train=split == "train", download=True) for split in splits]
                 try:                 # keep it for the next time
-                    os.replace(Path(own, cls.base_folder), unpacked)
-                except OSError:      # another process was first, or the directory is read-only
+                    if os.access(root, os.W_OK):
+                        os.replace(Path(own, cls.base_folder), unpacked)
+                except OSError:      # another process was first
                     pass
     except (OSError, RuntimeError) as error:
         raise InputError(f"{name} cannot be read: '{archive}' {state}, downloading or unpacking failed ({error}): put "
