@@ -35,6 +35,7 @@ import unicodedata
 import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from numbers import Integral
 from pathlib import Path
@@ -561,20 +562,27 @@ CIFAR_STATISTICS = {"cifar10": ((0.4914, 0.4824, 0.4467), (0.2471, 0.2435, 0.261
                     "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))}      # mean, std of R, G, B
 LITTER = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "@eadir", "__macosx", "#recycle", "$recycle.bin",
           "lost+found", "system volume information"}        # of file managers; hidden files are skipped too
+SHAPES = {      # number of lobes, direction of the first one in degrees
+    "disc": (0, 0), "lying egg": (2, 0), "standing egg": (2, 90), "trefoil": (3, -90), "hanging trefoil": (3, 90),
+    "plus": (4, 0), "cross": (4, 45), "star": (5, -90), "hanging star": (5, 90), "flower": (8, 0)}
 
 
 class InputError(Exception):
     """Something that the user gave is wrong: reported as one line, exit status 2."""
 
 
-def say(text, stream="stdout", end="\n"):
+def say(text, stream="stdout"):
     """Print at once. A stream that is absent, closed, of another encoding or without a reader never ends a run."""
     file = getattr(sys, stream)
     try:
         encoding = getattr(file, "encoding", None) or "utf-8"
-        print(text.encode(encoding, "replace").decode(encoding), end=end, file=file or io.StringIO(), flush=True)
+        print(text.encode(encoding, "replace").decode(encoding), file=file or io.StringIO(), flush=True)
     except (OSError, ValueError):
         setattr(sys, stream, None)
+
+
+def one_line(error):
+    return " ".join(str(error).split())[:400] or type(error).__name__
 
 
 @dataclass
@@ -610,15 +618,16 @@ def augment(images, generator):
     return torch.where(flip.bool().view(n, 1, 1, 1), crops.flip(3), crops)
 
 
-def load_data(dataset, data_dir="data", train_size=0, val_size=0, splits=("train", "test")):
+def load_data(dataset, data_dir="data", train_size=0, val_size=0, splits=("train", "test"), image_size=32):
     """The Data of --dataset on the CPU; InputError when files are missing, unreadable or too few. train_size training
     images are kept (0: all) and val_size others held out, both drawn once and for all, the same for every seed. mean
     and std come with the training images."""
+    root = Path(data_dir).expanduser()
     if dataset == "shapes":
         data = Data({"train": draw_shapes((train_size or 1500) + val_size, seed=0), "test": draw_shapes(1000, seed=1)},
                     list(SHAPES))
     else:
-        data = (load_folder if dataset == "folder" else load_cifar)(dataset, Path(data_dir).expanduser(), splits)
+        data = load_folder(root, splits, image_size) if dataset == "folder" else load_cifar(dataset, root, splits)
     if "train" not in splits:
         return data
     images, labels = data.splits["train"]
@@ -630,22 +639,18 @@ def load_data(dataset, data_dir="data", train_size=0, val_size=0, splits=("train
         for name, part in ("train", drawn[:wanted - val_size]), ("val", drawn[n - val_size:]):
             if len(part):
                 data.splits[name] = images[part], labels[part]
-    mean, std = CIFAR_STATISTICS.get(dataset) or measure_statistics(data.splits["train"][0])
-    return replace(data, mean=torch.tensor(mean), std=torch.tensor(std))
-
-
-def measure_statistics(images):
-    """Mean and standard deviation of each channel of uint8 (N, 3, H, W), as two lists on the scale of [0, 1]."""
-    level = torch.arange(256, dtype=torch.float64) / 255
-    share = torch.stack([c.flatten().bincount(minlength=256).double() / c.numel() for c in images.unbind(1)])
-    mean = share @ level
-    return mean.tolist(), (share @ level.square() - mean.square()).sqrt().clamp_min(1e-3).tolist()
+    if dataset in CIFAR_STATISTICS:
+        mean, std = torch.tensor(CIFAR_STATISTICS[dataset])
+    else:
+        of_channels = (torch.std_mean(c.float() / 255, correction=0) for c in data.splits["train"][0].unbind(1))
+        std, mean = (torch.stack(figures).clamp_min(1e-3) for figures in zip(*of_channels))
+    return replace(data, mean=mean, std=std)
 
 
 def load_cifar(name, root, splits):
     """CIFAR-10 or CIFAR-100 in its Python form, by torchvision, md5-checked; downloaded on first use."""
     cls = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
-    archive, unpacked, state = root / cls.filename, root / cls.base_folder, "is not there"
+    archive, state = root / cls.filename, "is not there"
     try:
         try:
             sets = [cls(root, train=split == "train") for split in splits]
@@ -657,11 +662,9 @@ def load_cifar(name, root, splits):
                     state = "is sound" if sound else "is incomplete or damaged"
                     Path(own, cls.filename if sound else "damaged").symlink_to(archive.resolve())
                 sets = [cls(own, train=split == "train", download=True) for split in splits]
-                try:                 # keep it for the next time
+                with suppress(OSError):        # keep it for the next time, unless another process was first
                     if os.access(root, os.W_OK):
-                        os.replace(Path(own, cls.base_folder), unpacked)
-                except OSError:      # another process was first
-                    pass
+                        os.replace(Path(own, cls.base_folder), root / cls.base_folder)
     except (OSError, RuntimeError) as error:
         raise InputError(f"{name} cannot be read: '{archive}' {state}, downloading or unpacking failed ({error}): put "
                          f"{cls.filename} from https://www.cs.toronto.edu/~kriz/cifar.html into '{root}'") from error
@@ -669,7 +672,7 @@ def load_cifar(name, root, splits):
                  for split, s in zip(splits, sets)}, sets[0].classes)
 
 
-def load_folder(name, root, splits):
+def load_folder(root, splits, size):
     """Images of any format and size that Pillow reads, as root/train/<class>/* and root/test/<class>/* (or val)."""
     files, classes = {}, None                       # split -> [(path, label)]
     for split in splits:
@@ -684,16 +687,16 @@ def load_folder(name, root, splits):
             raise InputError(f"'{folder}' must have each class of the other split once, with images: look at "
                              f"{', '.join(sorted(odd)) or 'its folders: there is none'}")
         files[split] = [(path, classes.index(name)) for name, paths in sorted(found) for path in paths]
-    images = read_images([path for split in splits for path, _ in files[split]]).split([len(files[s]) for s in splits])
+    images = read_images([path for split in splits for path, _ in files[split]], size)
     return Data({split: (part, torch.tensor([label for _, label in files[split]]))
-                 for split, part in zip(splits, images)}, classes)
+                 for split, part in zip(splits, images.split([len(files[split]) for split in splits]))}, classes)
 
 
 def visible(folder):
     return sorted(path for path in folder.iterdir() if path.name[0] != "." and path.name.lower() not in LITTER)
 
 
-def read_images(paths, size=32):
+def read_images(paths, size):
     """(N, 3, size, size) uint8, read by all cores; InputError that names the files which are no images."""
     pixels, bad, said = torch.empty(len(paths), 3, size, size, dtype=torch.uint8), [], time.perf_counter()
 
@@ -715,11 +718,13 @@ def read_images(paths, size=32):
     return pixels
 
 
-def read_image(path, size):
-    """The (first) image of a file as a viewer shows it on white, as Pillow's RGB image of size x size pixels."""
+def read_image(path, size=32):
+    """The (first) image of a file as a viewer shows it on white, as Pillow's RGB image of size x size pixels: its
+    shorter side is brought to `size`, with antialiasing, and of the longer one the centre is taken."""
     if not path.is_file():                          # a folder, a pipe, a link to nowhere or to itself
         raise ValueError("not a file")
     with Image.open(path) as image:
+        image.draft(None, (2 * size, 2 * size))     # of a large JPEG only what is needed is decoded
         clear, raw = image.info.get("transparency"), image.tile[0][3] if image.format == "PNG" else None
         if clear is not None and raw in ("L;2", "L;4"):         # Pillow widens the levels, not the transparent one
             image.info["transparency"] = clear * {"L;2": 85, "L;4": 17}[raw]
@@ -735,16 +740,10 @@ def read_image(path, size):
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB").resize((size, size))
+        return ImageOps.fit(image.convert("RGB"), (size, size))
 
 
-SHAPES = {      # points, radius of the notches between them (the points are at 1), direction of the first point
-    "triangle": (3, 0.5, -90), "inverted triangle": (3, 0.5, 90), "square": (4, 0.7071, 45), "diamond": (4, 0.7071, 0),
-    "hexagon": (6, 0.866, 0), "disc": (64, 1, 0), "plus": (4, 0.35, 0), "cross": (4, 0.35, 45),
-    "5-star": (5, 0.45, -90), "8-star": (8, 0.5, 0)}
-
-
-def draw_shapes(n, seed, contrast=0.5, noise=0.1):
+def draw_shapes(n, seed, contrast=0.5, noise=0.2, depth=0.27):
     """n images (n, 3, 32, 32) uint8 of the ten SHAPES in equal numbers, and their labels (n,): a shape of random size,
     place, tilt and colour on a darker ground, both blotched, under noise."""
     generator = torch.Generator().manual_seed(seed)
@@ -753,15 +752,12 @@ def draw_shapes(n, seed, contrast=0.5, noise=0.1):
         return low + (high - low) * torch.rand(*size, generator=generator)
 
     labels = (torch.arange(n) % len(SHAPES))[torch.randperm(n, generator=generator)]
-    points, notch, direction = torch.tensor(list(SHAPES.values()))[labels].T[:, :, None, None]      # each (n, 1, 1)
+    lobes, direction = torch.tensor(list(SHAPES.values()))[labels].T[:, :, None, None]              # each (n, 1, 1)
     pixel = torch.arange(32) - 15.5
     x, y = pixel[None, :] - uniform(-2, 2, n, 1, 1), pixel[:, None] - uniform(-2, 2, n, 1, 1)       # (n, 32, 32)
-    sector = math.pi / points                                  # angle from a point to the next notch
     angle = torch.atan2(y, x) - direction.deg2rad() + uniform(-0.2, 0.2, n, 1, 1)
-    angle = sector - (angle.remainder(2 * sector) - sector).abs()           # folded: 0 at a point, `sector` at a notch
-    straight = notch * sector.sin()                            # the edge is a straight line from a point to a notch
-    edge = straight / (straight * angle.cos() + (1 - notch * sector.cos()) * angle.sin())
-    inside = torch.sigmoid(2 * (uniform(8, 13, n, 1, 1) * edge - torch.hypot(x, y)))[:, None]       # soft outline
+    edge = uniform(7, 11, n, 1, 1) * (1 + depth * torch.cos(lobes * angle))                           # its radius there
+    inside = torch.sigmoid(2 * (edge - torch.hypot(x, y)))[:, None]                                 # soft outline
     blotches = F.interpolate(uniform(-0.2, 0.2, n, 3, 5, 5), size=32, mode="bicubic")
     ground = uniform(0, 1 - contrast, n, 3, 1, 1)
     images = ground + contrast * inside + blotches + noise * torch.randn(n, 3, 32, 32, generator=generator)
@@ -777,16 +773,16 @@ def draw_shapes(n, seed, contrast=0.5, noise=0.1):
 # format that is fast on a CPU, whether biases, BatchNorm and depthwise weights decay, whether sub-models are exits.
 NETWORKS = {
     "msdnet": SimpleNamespace(
-        cls=MSDNet, defaults=dict(epochs=300, schedule="multistep", lr_warmup=0.05),
-        shapes=dict(epochs=3, batch_size=32, schedule="cosine", exits=4, base=1, step=1, step_mode="lin_grow",
+        cls=MSDNet, defaults=dict(epochs=300, schedule="multistep"),
+        shapes=dict(epochs=2, batch_size=32, schedule="cosine", exits=4, base=1, step=1, step_mode="lin_grow",
                     channels=8, growth=4), cpu_format=torch.contiguous_format, decay_all=True, exits=True),
     "slimmable": SimpleNamespace(
-        cls=SlimmableMobileNetV1, defaults=dict(epochs=200, schedule="cosine", lr=0.4, lr_warmup=0.3),
-        shapes=dict(epochs=5, batch_size=16, lr=0.03, widths=(0.125, 0.25, 0.375, 0.5)),
+        cls=SlimmableMobileNetV1, defaults=dict(epochs=200, schedule="cosine", lr=0.4),
+        shapes=dict(epochs=8, batch_size=32, lr=0.1, widths=(0.125, 0.25, 0.375, 0.5)),
         cpu_format=torch.channels_last, decay_all=False, exits=False),
 }
 DISTILLED, FILES = {"method": ("ipkd", "ipkd-ta")}, {"dataset": ("cifar10", "cifar100", "folder")}
-MSD, SLIM = {"arch": ("msdnet",)}, {"arch": ("slimmable",)}
+MSD, SLIM, FOLDER = {"arch": ("msdnet",)}, {"arch": ("slimmable",)}, {"dataset": ("folder",)}
 
 
 def option(default, help, low=None, high=2**31 - 1, choices=None, only={}, place=False):
@@ -802,6 +798,7 @@ class Config:
     arch: str = option("msdnet", "multi-exit MSDNet or slimmable MobileNet-V1", choices=tuple(NETWORKS))
     dataset: str = option("shapes", "built-in shapes, CIFAR, or a folder", choices=("shapes", *FILES["dataset"]))
     data_dir: str = option("data", "holds CIFAR, or train/<class>/*, test/<class>/* (or val)", only=FILES, place=True)
+    image_size: int = option(32, "pixels: a folder's images are resized and cropped to a square", 8, 1024, only=FOLDER)
     train_size: int = option(0, "training images, chosen at random; 0: all, or 1500 shapes", 0)
     val_size: int = option(0, "training images held out, for thresholds of early exits and to choose options", 0)
     # distillation
@@ -813,9 +810,10 @@ class Config:
     epochs: int = option(300, "passes over the training images", 1)
     batch_size: int = option(64, "images per step, of all processes together", 1)
     lr: float = option(0.1, "highest learning rate of SGD", 1e-9, 1e6)
-    lr_warmup: float = option(0.05, "share of training over which the learning rate rises from 0", 0, 1)
+    lr_warmup: float = option(0.3, "share of training over which the learning rate rises from 0", 0, 1)
     schedule: str = option("cosine", "multistep: x 0.1 at 1/2 and 3/4", choices=("multistep", "cosine", "linear"))
     weight_decay: float = option(1e-4, "of SGD; slimmable: only on full convolutions and the classifier", 0, 1e6)
+    init: str = option("", "begin with the weights of this checkpoint.pt of the same network")
     eval_every: int = option(1, "epochs between evaluations; the last epoch is always evaluated", 1)
     seed: int = option(0, "of weights, order, augmentation and widths", 0, 2**63 - 1)
     # machine
@@ -849,33 +847,33 @@ class Config:
     def has_effect(self, f):
         return all(getattr(self, other) in values for other, values in f.metadata["only"].items())
 
-    def refuse_idle(self, given):
-        """InputError when one of the options that were given has no effect on this run."""
-        for f in dataclasses.fields(self):
-            if f.name in given and not self.has_effect(f):
-                needs = " and ".join(f"{flag(k)} {' or '.join(values)}" for k, values in f.metadata["only"].items())
-                raise InputError(f"{flag(f.name)} has no effect here: it needs {needs}")
-
     @property
     def data_name(self):
         """The data set in tables and results: a folder has its own name."""
         return Path(self.data_dir).expanduser().resolve().name if self.dataset == "folder" else self.dataset
+
+    def load_data(self, splits=("train", "test")):
+        return load_data(self.dataset, self.data_dir, self.train_size, self.val_size, splits, self.image_size)
 
 
 def flag(name):
     return "--" + name.replace("_", "-")
 
 
-def one_line(error):
-    return " ".join(str(error).split())[:400] or type(error).__name__
+def with_options(cfg, given):
+    """cfg with the options that were given (a dict); InputError for one that has no effect on such a run."""
+    cfg = replace(cfg, **given)
+    for f in dataclasses.fields(cfg):
+        if f.name in given and not cfg.has_effect(f):
+            needs = " and ".join(f"{flag(k)} {' or '.join(values)}" for k, values in f.metadata["only"].items())
+            raise InputError(f"{flag(f.name)} has no effect here: it needs {needs}")
+    return cfg
 
 
 def make_config(given):
-    """Config from the options that were given (a dict) over the defaults; InputError for those without effect."""
+    """Config from the options that were given (a dict) over the defaults of the family and of its demonstration."""
     network, on_shapes = NETWORKS[given.get("arch", Config.arch)], given.get("dataset", Config.dataset) == "shapes"
-    cfg = Config(**{**network.defaults, **(network.shapes if on_shapes else {}), **given})
-    cfg.refuse_idle(given)
-    return cfg
+    return with_options(Config(**{**network.defaults, **(network.shapes if on_shapes else {})}), given)
 
 
 def build_model(cfg, num_classes):
@@ -958,7 +956,7 @@ def train(cfg, model, data, out, checkpoint=None):
     order_rng, crop_rng = (torch.Generator().manual_seed(cfg.seed) for _ in range(2))
     optimizer = make_optimizer(model, cfg)
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.amp == "fp16")
-    first_epoch, metrics = 0, []
+    first_epoch, metrics, marks = 0, [], []
 
     # go on where the checkpoint was written, to the same bits as if the run had never stopped
     if checkpoint:
@@ -971,17 +969,12 @@ def train(cfg, model, data, out, checkpoint=None):
 
     # compile the training passes; a CUDA graph's gradients lie in memory of its own, so none are kept beyond a step
     if cfg.compile:
-        try:
-            torch.compile(nn.SiLU())(torch.ones(8, device=device))
-        except Exception as error:               # no C++ compiler, no Triton: torch raises many types
-            raise InputError(f"--compile does not work here ({one_line(error)}): leave it out") from error
         say("compiling at the first step, which takes minutes")
         model.compile(mode="reduce-overhead" if device.type == "cuda" else "default")
 
     # whole batches only: a step on a few images would count like a full one, with BatchNorm statistics of a few;
     # which images are left out is drawn anew in each epoch
     steps = max(1, len(images) // cfg.batch_size)
-    begun, live = time.perf_counter(), sys.stderr and sys.stderr.isatty()
     for epoch in range(first_epoch, cfg.epochs):
         model.train()
         start, total = time.perf_counter(), torch.zeros((), device=device)
@@ -1005,10 +998,13 @@ def train(cfg, model, data, out, checkpoint=None):
             optimizer.zero_grad()
             total += loss
 
-            # how much is done, for who looks at a terminal
-            if live and step % (steps // 100 + 1) == 0:
-                left = (time.perf_counter() - begun) * (1 - progress) / (progress - first_epoch / cfg.epochs)
-                say(f"\r{progress:6.1%} done, {left / 60:.0f} minutes left\x1b[K\r", "stderr", end="")
+            # how long it will take, by ten steps after the first ones, which are slow everywhere
+            if epoch == first_epoch and step in (4, 14):
+                total.item()                     # waits for the device
+                marks.append(time.perf_counter())
+            if epoch == first_epoch and step == 14:
+                minutes = (marks[1] - marks[0]) / 10 * steps / 60
+                say(f"an epoch takes {minutes:.1f} minutes, {minutes * (cfg.epochs - epoch):.1f} in all, + evaluation")
 
         # the mean loss: only here the device is waited for
         loss, speed = total.item() / steps, steps * len(batch) / (time.perf_counter() - start)
@@ -1043,7 +1039,7 @@ def train(cfg, model, data, out, checkpoint=None):
 
 
 # ====================================================================================================================
-# Evaluation
+# Evaluation, budgets, benchmark
 # ====================================================================================================================
 
 
@@ -1078,50 +1074,85 @@ def evaluate(model, data, split="test"):
     return [{"top1": 100 * one / n, "top5": 100 * five / n, "loss": loss / n} for one, five, loss in totals.T.tolist()]
 
 
-def budgeted(model, data):
+def budgeted(model, data, image_size=32):
     """Budgeted batch classification by an MSDNet (Huang et al., ICLR 2018, section 4.2): the test accuracy of
     early_exit for a sweep of budgets, its thresholds found on the validation images.
 
-    Returns:
-        {"budgets": list of {"q", "macs", "top1", "thresholds", "exits"}: exit k is meant for a share of the images
-        proportional to q^k and takes the share exits[k - 1]; "anytime": list of {"name", "macs", "top1"}, all images by
-        one exit}. macs: average for one image, all heads up to the exit taken counted; top1 in percent.
+    Returns a list of {"q", "macs", "top1", "thresholds", "exits"}: exit k is meant for a share of the images that is
+    proportional to q^k and takes the share exits[k - 1] of them. macs: average for one image, all heads up to the exit
+    taken counted; top1 in percent.
     """
     confidence, correct = {}, {}                                                            # of a split: (K, N)
     for split in ("val", "test"):
         logits, labels = (t.cpu() for t in predict(model, data, split))
         confidence[split], answers = logits.softmax(2).max(2)
         correct[split] = (answers == labels).double()
-    costs, budgets = torch.tensor([sub.early_exit_macs for sub in model.sub_models()], dtype=torch.float64), []
+    costs, budgets = torch.tensor([sub.early_exit_macs for sub in model.sub_models(image_size)]), []
     for q in (i / 10 for i in range(1, 21)):
         shares = q ** torch.arange(1, len(costs) + 1, dtype=torch.float64)
         thresholds = exit_thresholds(confidence["val"], shares / shares.sum())
         exits = (confidence["test"] >= torch.tensor(thresholds)[:, None]).int().argmax(dim=0)      # (N,), the first
-        budgets.append({"q": q, "macs": costs[exits].mean().item(),
+        budgets.append({"q": q, "macs": costs[exits].double().mean().item(),
                         "top1": 100 * correct["test"].gather(0, exits[None]).mean().item(), "thresholds": thresholds,
                         "exits": (exits.bincount(minlength=len(costs)) / len(exits)).tolist()})
-    anytime = [{"name": name, "macs": cost, "top1": 100 * share} for name, cost, share in
-               zip(model.names(), costs.tolist(), correct["test"].mean(1).tolist())]
-    return {"budgets": budgets, "anytime": anytime}
+    return budgets
 
 
-def benchmark(args, given, steps=20):
-    """Train on random images, an epoch to warm up and one by the clock, and print the peak memory of a GPU."""
-    cfg = make_config({"dataset": "cifar10", **given, "epochs": 2, "eval_every": 2})
-    device, memory_format = pick_device(cfg)
-    images, half = torch.randint(256, (steps * cfg.batch_size, 3, 32, 32), dtype=torch.uint8), torch.full((3,), 0.5)
-    labels = torch.arange(len(images)) % 10
-    data = Data({"train": (images, labels), "test": (images[:64], labels[:64])}, list(range(10)), half, half)
-    model = build_model(cfg, 10).to(device, memory_format=memory_format)
-    with tempfile.TemporaryDirectory() as out:
-        train(cfg, model, data.to(device, memory_format), Path(out))
+@torch.no_grad()
+def clock(model, x, repeats):
+    """Milliseconds of each of the forward passes on x, after some to warm up, in ascending order."""
+    times = []
+    for _ in range(repeats + 5):
+        start = time.perf_counter()
+        model(x).sum().item()                    # waits for the device
+        times.append(1000 * (time.perf_counter() - start))
+    return sorted(times[5:])
+
+
+def benchmark(args, given, steps=20, classes=10):
+    """Print what every sub-model costs as it would be shipped, extracted and folded, and the speed and peak memory of
+    training with these options, on random images. With --eval the network is that of a run, and its accuracies
+    stand in the table where its results.json lies beside the checkpoint."""
+    if "eval" in args:
+        cfg, model, content = load_checkpoint(args["eval"])
+        cfg, classes = with_options(replace(cfg, device="auto", amp="auto"), given), len(content["classes"])
+        if build_model(cfg, classes).state_dict().keys() != model.state_dict().keys():
+            raise InputError("--benchmark --eval: the options of the network are those of the checkpoint")
+    else:
+        cfg = make_config({"dataset": "folder", **given})
+        model = build_model(cfg, classes)
+    path, cfg = args.get("eval", Path("none")).with_name("results.json"), replace(cfg, epochs=2, eval_every=2)
+    (device, memory_format), size, half = pick_device(cfg), cfg.image_size, torch.full((3,), 0.5)
+    images = torch.randint(256, (steps * cfg.batch_size, 3, size, size), dtype=torch.uint8)
+    labels = torch.arange(len(images)) % classes
+    data = Data({"train": (images, labels), "test": (images[:64], labels[:64])}, [*range(classes)], half, half)
+    data, model = data.to(device, memory_format), model.to(device, memory_format=memory_format)
+    model.calibrate([data.normalise(data.splits["test"][0])])
+
+    known = json.loads(path.read_text())["sub_models"] if "eval" in args and path.is_file() else ()
+    rows = [("sub-model", "MMACs", "params", "ms, 1 image", "90th percentile", "images/s by 64", "top-1 %")]
+    for k, sub in enumerate(model.eval().sub_models(size), start=1):
+        shipped, x = fold_bn(extract(model, k)), data.normalise(data.splits["test"][0])      # 64 images
+        one, many = clock(shipped, x[:1], 100), clock(shipped, x, 10)
+        rows.append((sub.name, f"{sub.macs / 1e6:.2f}", f"{sub.params:,}", f"{statistics.median(one):.2f}",
+                     f"{one[90]:.2f}", f"{64_000 / statistics.median(many):.0f}",
+                     f"{known[k - 1]['top1']:.2f}" if known else ""))
+    say(f"random images of {size}x{size}, device {device}, {torch.get_num_threads()} threads")
+    print_table(*rows)
+    with tempfile.TemporaryDirectory() as out:   # an epoch to warm up, one by the clock
+        train(cfg, model, data, Path(out))
     if device.type == "cuda":
         say(f"peak memory {torch.cuda.max_memory_allocated(device) / 2**20:.0f} MiB")
+    else:
+        import resource                          # not on every system
+        say(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10:.0f} MiB, of the whole process")
 
 
 # ====================================================================================================================
 # Tables and picture
 # ====================================================================================================================
+
+T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)       # Student's t for 95 %, of 2, 3, ... 10 values
 
 
 def print_table(*rows):
@@ -1139,9 +1170,10 @@ def load_runs(directories):
     for path in sorted({path.resolve() for d in directories for path in d.rglob("results.json")}):
         try:
             run = json.loads(path.read_text(encoding="utf-8"))
-            cfg = config_of(run["config"])
+            cfg, budgets = config_of(run["config"]), path.with_name("budget.json")
             run["top1"], run["mmacs"] = ([sub[key] / unit for sub in run["sub_models"]] for key, unit in
                                          (("top1", 1), ("macs", 1e6)))
+            run["budgets"] = json.loads(budgets.read_text())["budgets"] if budgets.exists() else []
             default, _ = make_config({"arch": cfg.arch, "dataset": cfg.dataset}), run["top1"][0]
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError, InputError) as error:
             raise InputError(f"'{path}' is not the results.json of a run ({one_line(error)})") from error
@@ -1162,16 +1194,15 @@ def load_runs(directories):
     return {setting: dict(sorted(by_method.items())) for setting, by_method in sorted(settings.items())}
 
 
-def mean_and_spread(values, n=1, sign=""):
-    """Mean ± sample standard deviation / sqrt(n) as text; only the mean of a single value."""
-    spread = f" ± {statistics.stdev(values) / n**0.5:.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):{sign}.2f}{spread}"
+def mean_and_spread(values):
+    """Mean ± sample standard deviation as text; only the mean of a single value."""
+    return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
 
 
 def report(args, given):
     """Print the runs below --report as Markdown: for each setting a table of top-1 accuracies, as mean ± sample
-    standard deviation over the seeds; below it the differences between methods in the mean over the sub-models, over
-    the seeds that both have, as mean ± standard error. With --plot draw them too."""
+    standard deviation over the seeds; below it the differences between methods in the mean over the sub-models, paired
+    by seed, with 95 % intervals of Student's t. With --plot draw them too."""
     settings = load_runs(args["report"])
     for setting, by_method in settings.items():
         first, means = next(iter(next(iter(by_method.values())).values())), {}
@@ -1185,27 +1216,38 @@ def report(args, given):
         for b, a in itertools.combinations(means, 2):        # ipkd - ce, ipkd-ta - ce, ipkd-ta - ipkd
             pairs = [means[a][seed] - means[b][seed] for seed in means[a] if seed in means[b]]
             if pairs:
-                say(f"{a} - {b}, mean of the sub-models: {mean_and_spread(pairs, len(pairs), '+')} (mean ± standard "
-                    f"error of the pairs of one seed: {len(pairs)})\n")
+                n, mean, interval = len(pairs), statistics.mean(pairs), ""
+                if n > 1:
+                    half = T95[min(n, 10) - 2] * statistics.stdev(pairs) / n**0.5
+                    interval = f", 95 % interval {mean - half:+.2f} to {mean + half:+.2f}"
+                say(f"{a} - {b}, mean of the sub-models: {mean:+.2f}{interval} (pairs of one seed: {n})\n")
     if "plot" in args:
         plot(settings, args["plot"])
 
 
 def plot(settings, path):
     """Top-1 accuracy against MACs as a picture (.svg, .png, ...): a panel for each setting, a line for each method, the
-    sample standard deviation over the seeds as bars. InputError without matplotlib."""
+    sample standard deviation over the seeds as bars, thin lines by early exit. InputError without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise InputError("--plot needs matplotlib: pip install matplotlib") from error
     styles = {"ce": ("#000000", "o:"), "ipkd": ("#E69F00", "s--"), "ipkd-ta": ("#0072B2", "^-")}       # Okabe & Ito
-    figure = Figure(figsize=(4.5 * len(settings), 3.6), layout="constrained", dpi=200, facecolor="white")
-    for axes, (setting, by_method) in zip(figure.subplots(1, len(settings), squeeze=False)[0], settings.items()):
+    columns = min(3, len(settings))
+    figure = Figure(figsize=(4.5 * columns, 3.6 * math.ceil(len(settings) / columns)), layout="constrained", dpi=150,
+                    facecolor="white")
+    for i, (setting, by_method) in enumerate(settings.items(), start=1):
+        axes = figure.add_subplot(math.ceil(len(settings) / columns), columns, i)
         for method, runs in by_method.items():
             top1, (color, style) = list(zip(*(run["top1"] for run in runs.values()))), styles[method.split(",")[0]]
             spread = [statistics.stdev(values) for values in top1] if len(runs) > 1 else None
             axes.errorbar(next(iter(runs.values()))["mmacs"], [statistics.mean(values) for values in top1], spread,
                           color=color, fmt=style, markersize=5, capsize=2, label=f"{method} ({len(runs)})")
+            budgets = [*zip(*(run["budgets"] for run in runs.values() if run["budgets"]))]    # of one q: of every seed
+            if budgets:
+                points = [[statistics.mean(b[key] / unit for b in seeds) for seeds in budgets]
+                          for key, unit in (("macs", 1e6), ("top1", 1))]
+                axes.plot(*points, color=color, linewidth=0.8, label=f"{method}, early exit")
         axes.set(title="\n".join(textwrap.wrap(setting, 45)), xlabel="cost of the sub-model (million MACs per image)",
                  ylabel="top-1 accuracy (%), bars: std over runs")
         axes.grid(alpha=0.3)
@@ -1243,12 +1285,13 @@ def write_file(path, content):
 
 def config_of(saved):
     """Config of a saved dict, or of the run in a directory; an option that it does not know has its default."""
+    where = f" in '{saved}'" if isinstance(saved, Path) else ""
     try:
-        saved = json.loads((saved / "config.json").read_text(encoding="utf-8")) if isinstance(saved, Path) else saved
+        saved = json.loads((saved / "config.json").read_text(encoding="utf-8")) if where else saved
         known = {f.name: saved[f.name] for f in dataclasses.fields(Config) if f.name in saved}
         return Config(**{"arch": known["arch"], "dataset": known["dataset"], "method": known["method"], **known})
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise InputError(f"no run of this program ({type(error).__name__}: {one_line(error)})") from error
+        raise InputError(f"no run of this program{where} ({type(error).__name__}: {one_line(error)})") from error
 
 
 def load_checkpoint(path):
@@ -1267,6 +1310,21 @@ def load_checkpoint(path):
     except Exception as error:                   # not there, damaged, or not a checkpoint: torch raises many types
         raise InputError(f"cannot read checkpoint '{path}' ({type(error).__name__}: {one_line(error)})") from error
     return cfg, model.eval(), checkpoint
+
+
+def begin_with(model, path, classes):
+    """Put the weights of another run of the same network into the model, but those of its classifiers only if its
+    classes are these. InputError for another network."""
+    _, other, content = load_checkpoint(path)
+    state = other.state_dict()
+    if content["classes"] != classes:
+        new = {f"{name}.{part}" for name, module in model.named_modules() if isinstance(module, nn.Linear)
+               for part in ("weight", "bias")}
+        state.update((name, value) for name, value in model.state_dict().items() if name in new)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise InputError(f"--init '{path}' is of another network ({one_line(error)})") from error
 
 
 def pick_device(cfg):
@@ -1290,60 +1348,69 @@ def pick_device(cfg):
     return device, NETWORKS[cfg.arch].cpu_format if device.type == "cpu" else torch.channels_last
 
 
-def check_free(out):
-    """FileExistsError when there are files of a run in this directory."""
-    held = [name for name in RUN_FILES if (out / name).exists()]
-    if held:
-        raise FileExistsError(f"--out '{out}' already holds {', '.join(held)}: choose another, --resume or --overwrite")
-
-
 def claim(out, cfg, overwrite):
     """Make `out` the directory of a new run by creating its config.json, which only one of several processes can;
     FileExistsError for the others. `overwrite` removes a run of this program, recognised by its config.json."""
-    if overwrite and any((out / name).exists() for name in RUN_FILES):
-        try:
-            config_of(out)
-        except InputError as error:
-            raise InputError(f"--overwrite: '{out}' holds {one_line(error)}") from error
-        for name in RUN_FILES:
-            (out / name).unlink(missing_ok=True)
-    check_free(out)
+    held = [name for name in RUN_FILES if (out / name).exists()]
+    if held and overwrite:
+        config_of(out)
+        for name in held:
+            (out / name).unlink()
+    elif held:
+        raise FileExistsError(f"--out '{out}' already holds {', '.join(held)}: choose another, --resume or --overwrite")
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "config.json", "xb") as file:
         file.write(json.dumps(vars(cfg), indent=2).encode())
     return out
 
 
+def resumed(args, given):
+    """Options and checkpoint of the run in --out: no checkpoint if it ended in its first epoch; neither if it is to
+    begin."""
+    out, place = args.get("out", Path("?")), {f.name for f in dataclasses.fields(Config) if f.metadata["place"]}
+    if "out" in args and given.keys() - place and not (out / "config.json").exists():
+        return None, None
+    try:
+        cfg = config_of(out)
+    except InputError as error:
+        raise InputError(f"--resume: {error}; to begin a run there, give its options too") from error
+    other = [f"{flag(k)} {getattr(cfg, k)}, not {v}" for k, v in sorted(given.items())
+             if k not in place and getattr(cfg, k) != v and (k, v) != ("amp", "auto")]
+    if other:
+        raise InputError(f"--resume: the run in '{out}' has {'; '.join(other)}: its options stay as they are")
+    path = out / "checkpoint.pt"
+    return replace(cfg, **{k: given[k] for k in place & given.keys()}), path.exists() and load_checkpoint(path)[2]
+
+
 def run_training(args, given):
     """Train, print and write all that a run consists of. The name of its directory is left in `args`."""
-    config = args.get("out", Path()) / "config.json"
-    if args.keys() & {"resume", "overwrite"} and config.is_file() and not config.stat().st_size:
-        config.unlink()                          # its run died while it wrote its first file
     cfg, checkpoint = resumed(args, given) if "resume" in args else (None, None)
-    out, new, cfg = args.get("out"), cfg is None, cfg or make_config(given)
+    new, cfg, out = cfg is None, cfg or make_config(given), args.get("out")
     (device, memory_format), (rank, world_size) = pick_device(cfg), rank_and_world_size()
-    if new and out and "overwrite" not in args:
-        check_free(out)
     if checkpoint and checkpoint["epoch"] == cfg.epochs and (out / "results.json").exists():
         return say(f"the run in '{out}' is finished")
 
     # the images
     start = time.perf_counter()
-    data = load_data(cfg.dataset, cfg.data_dir, cfg.train_size, cfg.val_size).to(device, memory_format)
+    data = cfg.load_data().to(device, memory_format)
     seconds, cfg.train_size = time.perf_counter() - start, len(data.splits["train"][1])
     if checkpoint and (checkpoint["classes"] != data.classes or not torch.equal(checkpoint["mean"], data.mean.cpu())):
         raise InputError(f"--resume: the images are not those that the run in '{out}' was trained on")
     if min(cfg.batch_size, cfg.train_size) < world_size:
         raise InputError(f"--batch-size {cfg.batch_size} must be at least {world_size}, an image for each process")
 
-    # the network, and a directory that no other run has
+    # the network, with weights of its own or of another run
     torch.manual_seed(cfg.seed)
-    model = build_model(cfg, len(data.classes)).to(device, memory_format=memory_format)
+    model = build_model(cfg, len(data.classes))
+    if cfg.init and not checkpoint:
+        begin_with(model, cfg.init, data.classes)
+    model.to(device, memory_format=memory_format)
+
+    # a directory that no other run has: --out, or the first free one of that name
     name = f"runs/{cfg.arch}-{cfg.data_name}-{cfg.method}-seed{cfg.seed}"
-    names = (name + f"-{n}" * (n > 1) for n in itertools.count(1))
-    while new and not rank:
+    for n in itertools.count(1) if new and not rank else ():
         try:
-            args["out"] = claim(out or Path(next(names)), cfg, "overwrite" in args)
+            args["out"] = claim(out or Path(name + f"-{n}" * (n > 1)), cfg, "overwrite" in args)
             break
         except FileExistsError:
             if out:
@@ -1360,54 +1427,34 @@ def run_training(args, given):
     finish(cfg, model, data, accuracies, out, seconds=round(time.perf_counter() - start, 1), processes=world_size)
 
 
-def resumed(args, given):
-    """Options and checkpoint of the run in --out; the latter is None if it ended in its first epoch, both if it is to
-    begin."""
-    out, checkpoint = args.get("out", Path("?")), None
-    place = {f.name for f in dataclasses.fields(Config) if f.metadata["place"]}
-    if (out / "checkpoint.pt").exists():
-        cfg, _, checkpoint = load_checkpoint(out / "checkpoint.pt")
-    elif (out / "config.json").exists():
-        cfg = config_of(out)
-    elif "out" not in args or given.keys() <= place:
-        raise InputError(f"--resume: no run in --out {out}: name its directory, or a new one and the options of a run")
-    else:
-        return None, None
-    other = [f"{flag(k)} {getattr(cfg, k)}, not {v}" for k, v in sorted(given.items())
-             if k not in place and getattr(cfg, k) != v and (k, v) != ("amp", "auto")]
-    if other:
-        raise InputError(f"--resume: the run in '{out}' has {'; '.join(other)}: its options stay as they are")
-    return replace(cfg, **{k: v for k, v in given.items() if k in place}), checkpoint
-
-
 def finish(cfg, model, data, accuracies, out=None, **more):
     """Print what came out, and write it into the directory `out` if given: results.json, and with validation images
     budget.json of a network with exits."""
-    sub_models = [{**vars(cost), **accuracy} for cost, accuracy in zip(model.sub_models(), accuracies)]
+    costs = model.sub_models(cfg.image_size)
+    sub_models = [{**vars(cost), **accuracy} for cost, accuracy in zip(costs, accuracies)]
     print_table(("sub-model", "MMACs", "params", "top-1 %", "top-5 %", "loss"), *(
         (s["name"], f"{s['macs'] / 1e6:.2f}", f"{s['params']:,}", f"{s['top1']:.2f}", f"{s['top5']:.2f}",
          f"{s['loss']:.4f}") for s in sub_models))
+    versions = {"ipkd_ta": __version__, "sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12],
+                "python": sys.version.split()[0], "torch": str(torch.__version__)}
+    results = {"config": vars(cfg), "dataset": cfg.data_name, "sub_models": sub_models, "versions": versions, **more}
     if "val" in data.splits:
-        more["validation"] = evaluate(model, data, "val")
-    if "val" in data.splits and NETWORKS[cfg.arch].exits and not rank_and_world_size()[0]:
-        result = budgeted(model, data)
-        say(f"\nearly exit, thresholds from {cfg.val_size:,} validation images:")
-        rows = [(b["macs"], f"q = {b['q']:.1f}", b["top1"]) for b in result["budgets"]]
-        rows += [(a["macs"], f"all by {a['name']}", a["top1"]) for a in result["anytime"]]
-        print_table(("budget", "MMACs", "top-1 %"), *((name, f"{macs / 1e6:.2f}", f"{top1:.2f}")
-                                                      for macs, name, top1 in sorted(rows)))
-        if out:
-            write_file(out / "budget.json", json.dumps(result, indent=2).encode())
+        results["validation"] = evaluate(model, data, "val")
+        if NETWORKS[cfg.arch].exits and not rank_and_world_size()[0]:
+            budgets = budgeted(model, data, cfg.image_size)
+            say(f"\nearly exit, thresholds from {cfg.val_size:,} validation images:")
+            print_table(("budget", "MMACs", "top-1 %", "thresholds"), *(
+                (f"q = {b['q']:.1f}", f"{b['macs'] / 1e6:.2f}", f"{b['top1']:.2f}",
+                 " ".join(f"{t:.3f}" for t in b["thresholds"])) for b in budgets))
+            if out:
+                write_file(out / "budget.json", json.dumps({"budgets": budgets}, indent=2).encode())
     if out:
-        versions = {"ipkd_ta": __version__, "sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12],
-                    "python": sys.version.split()[0], "torch": str(torch.__version__)}
-        results = {"config": vars(cfg), "dataset": cfg.data_name, "sub_models": sub_models, "versions": versions}
-        write_file(out / "results.json", json.dumps(results | more, indent=2).encode())
+        write_file(out / "results.json", json.dumps(results, indent=2).encode())
 
 
 def load_same_data(cfg, checkpoint, splits):
     """The Data of a checkpoint's run, normalised as there; InputError when --data-dir holds other classes."""
-    data = load_data(cfg.dataset, cfg.data_dir, cfg.train_size, cfg.val_size, splits)
+    data = cfg.load_data(splits)
     if data.classes != checkpoint["classes"]:
         raise InputError(f"the classes of '{cfg.data_dir}' are not those that the checkpoint was trained on")
     return replace(data, mean=checkpoint["mean"], std=checkpoint["std"])
@@ -1416,8 +1463,7 @@ def load_same_data(cfg, checkpoint, splits):
 def run_evaluation(args, given):
     """The table of a checkpoint, of a universal slimmable network at any --widths. Reads only the images it uses."""
     cfg, model, checkpoint = load_checkpoint(args["eval"])
-    cfg = replace(cfg, **{"device": "auto", **given})
-    cfg.refuse_idle(given)
+    cfg = with_options(replace(cfg, device="auto"), given)
     device, memory_format = pick_device(cfg)
     if "widths" in given:
         try:
@@ -1430,6 +1476,13 @@ def run_evaluation(args, given):
         model.calibrate(calibration_batches(data))
     say(f"evaluating {len(data.splits['test'][1]):,} test images of {cfg.data_name}")
     finish(cfg, model, data, evaluate(model, data))
+
+
+class Exported(nn.Sequential):
+    """One sub-model, whose argument has the name that it has in an exported program."""
+
+    def forward(self, images):
+        return super().forward(images)
 
 
 def run_export(args, given):
@@ -1446,18 +1499,20 @@ def run_export(args, given):
         which = names.index(name) + 1 if name in names else float(name.removeprefix("width-"))
         if name not in names and not NETWORKS[cfg.arch].exits and model.layers(which):      # another width of its range
             model.calibrate(calibration_batches(load_same_data(replace(cfg, **given), checkpoint, ("train",))), [which])
-        program = extract(model, which).to(memory_format=torch.contiguous_format)
+        program = Exported(extract(model, which)).eval().to(memory_format=torch.contiguous_format)
     except ValueError as error:
         raise InputError(f"--sub-model {name}: there are {', '.join(names)} ({one_line(error)})") from error
     if "fold_bn" in args:
         fold_bn(program)
-    about = {"sub-model": name, "classes": checkpoint["classes"], "mean": checkpoint["mean"].tolist(),
-             "std": checkpoint["std"].tolist(), "input": "float32 (N, 3, 32, 32): (pixel / 255 - mean) / std"}
-    exported, content = torch.export.export(program, (torch.randn(2, 3, 32, 32),), strict=False, dynamic_shapes=(
-        {0: torch.export.Dim("batch")},)), io.BytesIO()
+    about = {"sub_model": name, "classes": checkpoint["classes"], "mean": checkpoint["mean"].tolist(),
+             "std": checkpoint["std"].tolist(), "image_size": cfg.image_size,
+             "images": "float32 (batch, 3, image_size, image_size): (pixel / 255 - mean) / std"}
+    example, batch = torch.randn(2, 3, cfg.image_size, cfg.image_size), {"images": {0: torch.export.Dim("batch")}}
+    exported, content = torch.export.export(program, (example,), strict=False, dynamic_shapes=batch), io.BytesIO()
     if path.suffix.lower() == ".onnx":
         try:
-            exported = torch.onnx.export(exported, dynamo=True, verbose=False)
+            exported = torch.onnx.export(exported, dynamo=True, verbose=False, input_names=["images"],
+                                         output_names=["logits"], dynamic_shapes={"images": {0: "batch"}})
         except ImportError as error:
             raise InputError(f"--export to ONNX needs the packages onnx and onnxscript ({one_line(error)})") from error
         exported.model.metadata_props.update({key: json.dumps(value) for key, value in about.items()})
@@ -1473,8 +1528,9 @@ OPTIONS = {f.name for f in dataclasses.fields(Config)}
 MODES = {       # what does the work, and the options that it takes; the mode is the first of these that is given
     "report": (report, {"plot"}),
     "export": (run_export, {"eval", "sub_model", "fold_bn", "data_dir", "overwrite"}),
+    "benchmark": (benchmark, OPTIONS - {"dataset", "data_dir", "train_size", "val_size", "epochs", "eval_every", "init"}
+                  | {"eval"}),
     "eval": (run_evaluation, {"data_dir", "device", "widths", "val_size"}),
-    "benchmark": (benchmark, OPTIONS - {"dataset", "data_dir", "train_size", "val_size", "epochs", "eval_every"}),
     "resume": (run_training, OPTIONS | {"out"}),
     "train": (run_training, OPTIONS | {"out", "overwrite"}),
 }
@@ -1483,10 +1539,6 @@ MODES = {       # what does the work, and the options that it takes; the mode is
 class Parser(argparse.ArgumentParser):
     def error(self, message):                            # one line instead of the usage
         raise InputError(f"{message} (see --help)")
-
-
-def expanded(text):
-    return Path(text).expanduser()
 
 
 def parse(argv):
@@ -1499,9 +1551,9 @@ def parse(argv):
                for on, preset in (("", network.defaults), (" on shapes", network.shapes)) if f.name in preset]
         kwargs = {"action": "store_true"} if f.type is bool else {"nargs": "+", "type": float} if f.type is tuple else {
             "choices": f.metadata["choices"], "type": f.type, "metavar": None if f.metadata["choices"] else "X"}
-        default = "; ".join([str(f.default), *own])
+        default = "; ".join([str(f.default) or "none", *own])
         parser.add_argument(flag(f.name), help=f"{f.metadata['help']} (default: {default})", **kwargs)
-    path, switch = {"type": expanded, "metavar": "FILE"}, {"action": "store_true"}
+    path, switch = {"type": lambda text: Path(text).expanduser(), "metavar": "FILE"}, {"action": "store_true"}
     for name, kwargs, text in (
             ("--out", path, "directory of the run (default: runs/ARCH-DATASET-METHOD-seedN)"),
             ("--overwrite", switch, "replace the run in --out, or the file of --export"),
@@ -1510,7 +1562,7 @@ def parse(argv):
             ("--export", path, "with --eval: write a sub-model as a program of torch.export, or ONNX (.onnx)"),
             ("--sub-model", {"metavar": "NAME"}, "with --export: exit-3, width-0.5, ... (default: the largest)"),
             ("--fold-bn", switch, "with --export: merge BatchNorm into the convolutions"),
-            ("--benchmark", switch, "time training steps on random images, instead of training"),
+            ("--benchmark", switch, "time every sub-model, with --eval of that run, and training, on random images"),
             ("--report", {**path, "nargs": "+"}, "print all results below these directories as Markdown"),
             ("--plot", path, "with --report: draw accuracy against MACs, by matplotlib")):
         parser.add_argument(name, help=text, **kwargs)
@@ -1523,16 +1575,6 @@ def parse(argv):
     return mode, args, {k: tuple(v) if isinstance(v, list) else v for k, v in args.items() if k in OPTIONS}
 
 
-def keep_freed_memory():
-    """Have glibc keep freed memory instead of giving it back to the system: every step needs the same amounts again."""
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-4, 0)                      # M_MMAP_MAX: no separate mappings for large blocks
-        libc.mallopt(-1, 2**31 - 1)              # M_TRIM_THRESHOLD: free heap to keep
-    except (OSError, AttributeError):            # another system, or another C library
-        pass
-
-
 def main(argv=None):
     """Run the command line. Returns the exit status: 0 = finished; 2 = bad options or input or too little memory, with
     one line that says so; 130 = stopped by Ctrl-C."""
@@ -1540,9 +1582,12 @@ def main(argv=None):
     try:
         mode, args, given = parse(argv)
 
-        # what the networks need of a CPU: memory that is kept, and kernels for all drawn widths, not the last 1,024
-        keep_freed_memory()
+        # what the networks need of a CPU: kernels for all drawn widths, not the last 1,024, and of glibc to keep freed
+        # memory instead of giving it back to the system (M_MMAP_MAX, M_TRIM_THRESHOLD)
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
+        with suppress(OSError, AttributeError):
+            libc = ctypes.CDLL("libc.so.6")
+            libc.mallopt(-4, 0), libc.mallopt(-1, 2**31 - 1)
 
         # of the processes that torchrun started all train, and the first one speaks and does everything else
         if {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():

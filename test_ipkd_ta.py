@@ -17,6 +17,7 @@ import pickle
 import random
 import re
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -695,6 +696,19 @@ class TestData:
         error = np.abs(read_one(tmp_path, name, lambda path: picture.save(path, **options)) - expected)
         assert (error[4:-4:8, 4:-4:8].max() <= 6 if "exif" in options else error.max() <= 2) and not recwarn.list
 
+    @rows("size", [8, 32, 96])
+    @rows("name", ["a.png", "a.jpg"])
+    @rows("tall", [False, True])
+    def test_of_a_photo_the_centre_is_taken_its_shorter_side_brought_to_the_image_size(self, tall, name, size, tmp_path):
+        photo = np.repeat(np.repeat([[[255, 0, 0], [0, 200, 0], [0, 0, 255]]], 300, axis=0), 300, axis=1)
+        photo[120:180, 420:480] = 255            # a bright middle, 300 x 900 pixels in all
+        picture = Image.fromarray((photo.transpose(1, 0, 2) if tall else photo).astype(np.uint8))
+        picture.save(tmp_path / name, quality=100, subsampling=0)
+        pixels = np.array(ipkd_ta.read_image(tmp_path / name, size)).astype(int)
+        assert pixels.shape == (size, size, 3) and np.abs(pixels[::size // 3, ::size // 3].clip(0, 210) - [0, 200, 0]
+                                                          )[[0, 0, -1, -1], [0, -1, 0, -1]].max() < 25
+        assert pixels[size // 2 - 1:size // 2 + 1, size // 2 - 1:size // 2 + 1, 0].min() > (240 if size > 8 else 90)
+
     @rows("name, write, reason", [
         ("no bytes.png", lambda path: path.write_bytes(b""), "cannot identify"), ("pipe.png", os.mkfifo, "not a file"),
         ("cut.png", lambda path: path.write_bytes((path.parents[1] / "dog/0 ä.png").read_bytes()[:-999]), "truncated"),
@@ -779,6 +793,43 @@ def after_one_step(arch, tmp_path, **changes):
 
 
 class TestTraining:
+    @each_network
+    @rows("size", [64, 96])
+    def test_images_of_another_size_train_and_their_costs_are_those_of_that_size(self, arch, size, tmp_path):
+        write_images(tmp_path / "data", n=8)
+        assert train_tiny(arch, tmp_path / "run", dataset="folder", data_dir=tmp_path / "data", image_size=size,
+                          train_size=16, val_size=0) == 0
+        cfg, model, _ = ipkd_ta.load_checkpoint(tmp_path / "run/checkpoint.pt")
+        for k, sub in enumerate(read(tmp_path / "run/results.json")["sub_models"], start=1):
+            shipped, cost = ipkd_ta.extract(model, k), model.sub_models(224)[k - 1]
+            if arch == "msdnet":
+                shipped = ipkd_ta.MSDExit(model.blocks[:k], model.heads[k - 1])           # not lazily
+            assert (cfg.image_size, sub["macs"]) == (size, macs_of(shipped, torch.zeros(1, 3, size, size)))
+            assert cost.macs == macs_of(shipped, torch.zeros(1, 3, 224, 224)) and cost.params == sub["params"]
+
+    @each_network
+    def test_init_begins_with_the_weights_of_another_run_and_new_classifiers_for_other_classes(
+            self, arch, trained, tmp_path, capfd):
+        path, still = trained / arch / "checkpoint.pt", {"lr": 1e-9, "weight_decay": 0.0, "epochs": 1}
+        data = {"dataset": "folder", "data_dir": write_images(tmp_path / "data", n=20)}
+        for out, options in (("same", {}), ("other", data)):
+            assert train_tiny(arch, tmp_path / out, init=path, **{**still, **options}) == 0
+        before, same, other = (ipkd_ta.load_checkpoint(p)[1] for p in (
+            path, tmp_path / "same/checkpoint.pt", tmp_path / "other/checkpoint.pt"))
+        heads = {name for name, p in before.named_parameters() if p.shape[0] == 10}
+        for name, p in before.named_parameters():
+            assert_close(same.get_parameter(name), p, rtol=0, atol=1e-5)
+            assert name in heads and len(other.get_parameter(name)) == 2 or torch.allclose(other.get_parameter(name), p,
+                                                                                          atol=1e-5)
+        wrong = trained / ("msdnet" if arch == "universal" else "universal") / "checkpoint.pt"
+        assert "--init" in refused(capfd, init=wrong, out=tmp_path / "wrong", **TINY[arch], **QUICK)
+        assert not (tmp_path / "wrong").exists()
+
+    def test_the_demonstration_teaches(self, tmp_path, capfd):
+        assert run("--out", tmp_path, train_size=1000, seed=5) == 0
+        top1 = [sub["top1"] for sub in read(tmp_path / "results.json")["sub_models"]]
+        assert min(top1) > 60 and top1[-1] >= top1[0] - 4 and "an epoch takes " in capfd.readouterr().out
+
     @each_method
     @rows("arch, n", [("msdnet", 1), ("universal", 4), ("switchable", 3)])
     def test_gradients_of_a_step_are_those_of_the_whole_loss_at_once(self, arch, n, method, monkeypatch):
@@ -943,8 +994,8 @@ class TestEvaluation:
             macs.append(macs[-1] + macs_of(lambda: head(block(x)[-1])))
             x = block(x)
         cost, confidence = torch.tensor(macs[1:]), torch.stack(model(data.normalise(val))).softmax(2).amax(2)
-        assert [a["macs"] for a in result["anytime"]] == macs[1:] and len(result["budgets"]) > 10
-        for budget in result["budgets"][::6]:
+        assert [sub.early_exit_macs for sub in model.sub_models()] == macs[1:] and len(result) > 10
+        for budget in result[::6]:
             share = torch.tensor([budget["q"] ** k for k in (1, 2, 3)])
             assert budget["thresholds"] == pytest.approx(exit_thresholds(confidence, share / share.sum()), rel=1e-5)
             answers, exits = early_exit(model, data.normalise(images), budget["thresholds"])
@@ -992,8 +1043,20 @@ class TestReport:
         assert table["ce (3)"] == ["91.00 ± 1.00", "92.00 ± 1.00", "91.50 ± 1.00"]
         assert table["ipkd (2)"] == ["89.00 ± 0.00", "90.00 ± 0.00", "89.50 ± 0.00"]
         assert table["ipkd-ta (3)"] == ["91.70 ± 0.82", "93.70 ± 0.82", "92.70 ± 0.82"]
-        for pair, mean in (("ipkd-ta - ce", "+1.20 ± 0.15"), ("ipkd - ce", "-3.00"), ("ipkd-ta - ipkd", "+4.10")):
-            assert re.search(rf"{pair}\b.*{re.escape(mean)} ", below)    # of the first: 1.5, 1, 1.1
+        for pair, mean in (("ipkd-ta - ce", "+1.20, 95 % interval +0.54 to +1.86"), ("ipkd - ce", "-3.00"),
+                           ("ipkd-ta - ipkd", "+4.10")):                 # of the first: 1.5, 1, 1.1, t 4.30
+            assert re.search(rf"{pair}, .* {re.escape(mean)} \(", below)
+
+    @pytest.mark.skipif(not (HERE / ".github/results").is_dir(), reason="needs .github/results beside this file")
+    def test_the_tables_of_the_readme_are_those_of_the_runs_in_the_repository(self, capsys):
+        text, found = (HERE / "README.md").read_text(encoding="utf-8"), 0
+        for directory in re.findall(r"--report (\.github/results/\S+?)`", text):
+            capsys.readouterr()
+            assert run("--report", HERE / directory) == 0
+            for table in re.findall(r"(?:^\|.*\n)+", capsys.readouterr().out, re.MULTILINE):
+                assert table in text
+                found += 1
+        assert found >= 2 and text.count("| top-1 % |") == found
 
     def test_twins_are_named_on_stderr_and_the_rest_is_reported(self, tmp_path, capsys, monkeypatch):
         first, twin, _ = (write_result(tmp_path, "ce", *run) for run in ((0, [90.0]), (0, [91.0]), (1, [92.0])))
@@ -1019,12 +1082,16 @@ class TestReport:
         for seed, (ce, ta) in enumerate([(90.0, 91.0), (92.0, 95.0)]):
             write_result(tmp_path, "ce", seed, [ce, ce + 1])
             write_result(tmp_path, "ipkd-ta", seed, [ta, ta + 2])
+            budgets = [{"macs": 5e5 + seed, "top1": ce}, {"macs": 15e5, "top1": ce + 1}]
+            (tmp_path / f"ce-{seed}-{2 * seed}/budget.json").write_text(json.dumps({"budgets": budgets}))
         write_result(tmp_path, "ipkd", 0, [80.0], lr=0.2)
         assert run("--report", tmp_path, "--plot", tmp_path / f"picture.{suffix}") == 0
         assert (tmp_path / f"picture.{suffix}").read_bytes().startswith(start)
         panels = {"0.2" in axes.get_title(): axes for axes in drawn[0].axes}
-        for lr, methods in ((False, ["ce (2)", "ipkd-ta (2)"]), (True, ["ipkd (1)"])):
-            assert panels[lr].get_legend_handles_labels()[1] == methods and "MACs" in panels[lr].get_xlabel()
+        for lr, methods in ((False, ["ce, early exit", "ce (2)", "ipkd-ta (2)"]), (True, ["ipkd (1)"])):
+            assert sorted(panels[lr].get_legend_handles_labels()[1]) == sorted(methods)
+        curve, = (line for line in panels[False].lines if line.get_label() == "ce, early exit")
+        assert curve.get_xydata().tolist() == [pytest.approx([0.5, 91], abs=1e-5), pytest.approx([1.5, 92])]
         line, _, (bars,) = panels[False].containers[1]
         assert line.get_ydata().tolist() == [93, 95] and list(line.get_xdata()) == pytest.approx([1, 2], rel=0.03)
         assert [bar[:, 1].tolist() for bar in bars.get_segments()] == [  # the deviation of 91 and 95
@@ -1149,17 +1216,48 @@ class TestResume:
         assert str(path) in refused(capfd, *([mode, path] if mode == "--eval" else [mode, "--out", out]))
         assert before == {file: file.read_bytes() for file in out.iterdir()} and not Path("executed").exists()
 
-    @rows("mode", ["--resume", "--overwrite"])
-    def test_a_run_that_died_while_it_wrote_its_first_file_can_begin_again(self, mode, tmp_path):
-        (tmp_path / "config.json").touch()
-        assert train_tiny("msdnet", tmp_path, mode) == 0
-
     def test_resuming_on_other_images_is_refused(self, tmp_path, capfd):
         folder = write_images(tmp_path / "data")
         with dying(ipkd_ta, "train_step", 1), pytest.raises(Killed):
             train_tiny("msdnet", tmp_path / "run", dataset="folder", data_dir=folder, train_size=8, epochs=2)
         Image.new("RGB", (32, 32)).save(folder / "train/dog/0 ä.png")
         assert "the images are not those" in refused(capfd, "--resume", "--out", tmp_path / "run")
+
+
+STAND_IN = """import os, pathlib, sys, time          # for the training that run_cifar.sh calls
+words = sys.argv[2:]
+if words[0] == "--report":
+    sys.exit(print("report of", words[1]))
+print("trains", flush=True)
+out = pathlib.Path(words[words.index("--out") + 1])
+again = (out / "words").exists()
+out.mkdir(parents=True, exist_ok=True)
+(out / "pid").write_text(str(os.getpid()))
+for _ in range(100):                             # until another one runs as well
+    together = len(list(out.parent.glob("*/pid"))) > 1
+    time.sleep(0 if together else 0.05)
+(out / "words").write_text(" ".join([*words, "side by side" * together]))
+time.sleep(float(os.environ["SLEEP"]))
+(out / "pid").unlink()
+if "--seed 1" in " ".join(words) and not again:
+    sys.exit(3)
+(out / "results.json").touch()
+"""
+needs_script = pytest.mark.skipif(not (HERE / "run_cifar.sh").exists(), reason="needs run_cifar.sh beside this file")
+
+
+def run_cifar(folder, *words, SLEEP="0.2", **variables):
+    """A finished process of run_cifar.sh, or one that sleeps, with a stand-in for the training; called from `folder`."""
+    python = folder / "python"
+    python.write_text(f"#!{sys.executable}\n{STAND_IN}")
+    python.chmod(0o755)
+    process = subprocess.Popen(["bash", HERE / "run_cifar.sh", *words], cwd=folder, text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, env={**os.environ, "PYTHON": str(python), "SEEDS": "0 1",
+                               "DATASETS": "my_photos", "METHODS": "ce ipkd-ta", "ARCHS": "msdnet", "SLEEP": SLEEP,
+                               **variables})
+    if SLEEP == "0.2":
+        process.wait()
+    return process
 
 
 class Gone(io.StringIO):
@@ -1248,6 +1346,19 @@ class TestCommandLine:
         assert statuses == [0, 0] and {path.name: len(list(path.iterdir())) for path in Path("runs").iterdir()} == {
             "msdnet-shapes-ipkd-ta-seed0": 4, "msdnet-shapes-ipkd-ta-seed0-2": 4}
 
+    @each_network
+    def test_benchmark_times_every_sub_model_of_a_run_beside_its_accuracy_and_training(self, arch, trained, capfd):
+        for words in (["--eval", trained / arch / "checkpoint.pt"], flags({**TINY[arch], "image_size": 40})):
+            capfd.readouterr()
+            assert run("--benchmark", *words, batch_size=4) == 0
+            out, results = capfd.readouterr().out, read(trained / arch / "results.json")["sub_models"]
+            found = {line.split()[0]: line.split()[1:] for line in out.splitlines() if re.match(r"(exit|width)-\S+ ", line)}
+            assert list(found) == [sub["name"] for sub in results] and "epoch 2/2" in out and "peak memory" in out
+            for sub in results if words[0] == "--eval" else ():
+                mmacs, params, median, slow, rate, top1 = found[sub["name"]]
+                assert (mmacs, params, top1) == (f"{sub['macs'] / 1e6:.2f}", f"{sub['params']:,}", f"{sub['top1']:.2f}")
+                assert 0 < float(median) <= float(slow) and float(rate) > 0
+
     def test_eval_measures_any_widths_of_a_universal_model(self, trained, capfd):
         capfd.readouterr()
         assert run("--eval", trained / "universal/checkpoint.pt", "--widths", 0.05, 0.12) == 0
@@ -1259,7 +1370,8 @@ class TestCommandLine:
         out = capfd.readouterr().out
         assert run("--eval", tmp_path / "checkpoint.pt") == 0
         assert out.split("\nexit-3")[-1] == capfd.readouterr().out.split("\nexit-3")[-1]
-        assert len(read(tmp_path / "results.json")["validation"]) == len(read(tmp_path / "budget.json")["anytime"]) == 3
+        assert len(read(tmp_path / "results.json")["validation"]) == 3 and "thresholds" in out
+        assert len(read(tmp_path / "budget.json")["budgets"]) == 20
 
     def test_overwrite_replaces_a_run_and_resume_leaves_a_finished_one_as_it_is(self, tmp_path, capfd):
         for seed, mode in ((1, []), (2, ["--overwrite"])):
@@ -1283,32 +1395,59 @@ class TestCommandLine:
 x, expected = torch.load("expected.pt")
 for file, z in expected.items():
     about = {"about.json": ""}
-    run = torch.export.load(io.BytesIO(pathlib.Path(file).read_bytes()), extra_files=about).module()
-    assert max((run(x[:n]) - z[:n]).abs().max() for n in (1, 3)) < 1e-4
-    print(json.loads(about["about.json"])["sub-model"], "ipkd_ta" in sys.modules)"""
+    program = torch.export.load(io.BytesIO(pathlib.Path(file).read_bytes()), extra_files=about)
+    assert program.graph_signature.user_inputs == ("images",)
+    assert max((program.module()(x[:n]) - z[:n]).abs().max() for n in (1, 3)) < 1e-4
+    about = json.loads(about["about.json"])
+    assert len(about["classes"]) == 10 and about["image_size"] == 32
+    print(about["sub_model"], "ipkd_ta" in sys.modules)"""
         done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
         assert done.stdout.split() == ["exit-2", "False", "width-0.12", "False"], done.stderr
 
-    @pytest.mark.skipif(not (HERE / "run_cifar.sh").exists(), reason="needs run_cifar.sh beside this file")
-    def test_run_cifar_called_from_elsewhere_trains_all_and_skips_what_is_finished(self, tmp_path):
-        write_images(tmp_path / "data")
-        env = {**os.environ, "PYTHON": sys.executable, "DATASETS": "folder", "SEEDS": "0", "METHODS": "ce ipkd-ta",
-               "OUT": "runs", "ARCHS": "msdnet", "MSDNET": "--exits 2 --base 1 --step 1 --channels 4 --growth 2"}
-        words = ["bash", HERE / "run_cifar.sh", "--data-dir", "data", "--epochs", "1", "--train-size", "8"]
-        done = [subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True) for _ in range(2)]
-        assert [d.returncode for d in done] == [0, 0], done[0].stderr
-        assert "ipkd-ta (1)" in done[0].stdout and "ce (1)" in done[0].stdout and "finished" in done[1].stdout
+    @needs_script
+    def test_run_cifar_runs_side_by_side_skips_what_is_finished_and_repeats_what_failed(self, tmp_path):
+        first, second = (run_cifar(tmp_path, "--kd-weight", "0.3", "--lr=0.1", JOBS="2", OUT="runs") for _ in range(2))
+        words = {path.parent.name: path.read_text() for path in tmp_path.glob("runs/*/words")}
+        assert len(words) == 4 and (first.wait(), second.wait()) == (1, 0)
+        out, err, out_again = first.stdout.read(), first.stderr.read(), second.stdout.read()
+        for name, text in words.items():
+            arch, method, seed = re.fullmatch(r"(\w+)-my_photos-(.+)-seed(\d)", name).groups()
+            assert f"--arch {arch} --method {method} --seed {seed}" in text and "--lr=0.1" in text
+            assert ("--kd-weight 0.3" in text) == (method != "ce") and "--dataset folder --data-dir my_photos" in text
+            assert "side by side" in text and (tmp_path / f"runs/{name}.log").read_text().startswith("trains\n")
+            assert f"{name}: begins" in out and f"{name}: ends with status {'3' if seed == '1' else '0'}" in out
+            assert f"{name}: {'begins' if seed == '1' else 'already finished'}" in out_again
+        assert "failed: msdnet-my_photos-ce-seed1" in err and "report of runs" in out and "report of runs" in out_again
+
+    @needs_script
+    def test_ctrl_c_ends_all_runs_of_run_cifar(self, tmp_path):
+        process = run_cifar(tmp_path, JOBS="2", SLEEP="100")
+        while len(list(tmp_path.glob("runs/cifar/*/pid"))) < 2:
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        assert process.wait() == 130 and "call it again" in process.stderr.read()
+        for path in tmp_path.glob("runs/cifar/*/pid"):
+            with pytest.raises(ProcessLookupError):
+                os.kill(int(path.read_text()), 0)
 
     @pytest.mark.skipif(not (HERE / "README.md").exists(), reason="needs README.md beside this file")
-    def test_the_python_examples_of_the_readme_run(self, tmp_path, monkeypatch):
+    def test_the_python_examples_of_the_readme_run(self, tmp_path, monkeypatch, capfd):
         monkeypatch.chdir(tmp_path)
         text = (HERE / "README.md").read_text(encoding="utf-8")
         examples = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-        assert train_tiny("msdnet", "run", val_size=11) == 0         # the run that one of them reads
+        photos, ran, network = write_images(tmp_path / "photos", n=30), [], TINY["msdnet"]
+        Image.open(next(photos.rglob("*.png"))).resize((90, 40)).save("photo.jpg")
+        assert run("--out", "run", dataset="folder", data_dir=photos, epochs=1, val_size=11, **network) == 0
+        files = ["exit-2.pt2"] + ["exit-2.onnx"] * all(map(importlib.util.find_spec, ("onnxscript", "onnxruntime")))
+        for file in files:
+            assert run("--eval", "run/checkpoint.pt", "--export", file, sub_model="exit-2") == 0
         for example in examples:
-            exec(example, {"__name__": "__main__"})
-        assert examples
-
+            if "onnx" not in example or "exit-2.onnx" in files:
+                capfd.readouterr()
+                exec(example, {"__name__": "__main__"})
+                ran += re.findall("^café|^dog", capfd.readouterr().out)
+        assert len(ran) == 1 + len(files) and len({*ran[:len(files)]}) == 1        # all exports agree
 
 TORCHRUN = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}
 
