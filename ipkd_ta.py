@@ -778,7 +778,7 @@ NETWORKS = {
                     channels=8, growth=4), cpu_format=torch.contiguous_format, decay_all=True, exits=True),
     "slimmable": SimpleNamespace(
         cls=SlimmableMobileNetV1, defaults=dict(epochs=200, schedule="cosine", lr=0.4),
-        shapes=dict(epochs=8, batch_size=32, lr=0.1, widths=(0.125, 0.25, 0.375, 0.5)),
+        shapes=dict(epochs=12, batch_size=32, lr=0.1, widths=(0.125, 0.25, 0.375, 0.5)),
         cpu_format=torch.channels_last, decay_all=False, exits=False),
 }
 DISTILLED, FILES = {"method": ("ipkd", "ipkd-ta")}, {"dataset": ("cifar10", "cifar100", "folder")}

@@ -699,7 +699,7 @@ class TestData:
     @rows("size", [8, 32, 96])
     @rows("name", ["a.png", "a.jpg"])
     @rows("tall", [False, True])
-    def test_of_a_photo_the_centre_is_taken_its_shorter_side_brought_to_the_image_size(self, tall, name, size, tmp_path):
+    def test_of_a_photo_the_centre_is_taken_its_shorter_side_at_the_image_size(self, tall, name, size, tmp_path):
         photo = np.repeat(np.repeat([[[255, 0, 0], [0, 200, 0], [0, 0, 255]]], 300, axis=0), 300, axis=1)
         photo[120:180, 420:480] = 255            # a bright middle, 300 x 900 pixels in all
         picture = Image.fromarray((photo.transpose(1, 0, 2) if tall else photo).astype(np.uint8))
@@ -793,8 +793,7 @@ def after_one_step(arch, tmp_path, **changes):
 
 
 class TestTraining:
-    @each_network
-    @rows("size", [64, 96])
+    @rows("arch, size", [("msdnet", 64), ("msdnet", 96), ("universal", 64), ("switchable", 96)])
     def test_images_of_another_size_train_and_their_costs_are_those_of_that_size(self, arch, size, tmp_path):
         write_images(tmp_path / "data", n=8)
         assert train_tiny(arch, tmp_path / "run", dataset="folder", data_dir=tmp_path / "data", image_size=size,
@@ -826,9 +825,9 @@ class TestTraining:
         assert not (tmp_path / "wrong").exists()
 
     def test_the_demonstration_teaches(self, tmp_path, capfd):
-        assert run("--out", tmp_path, train_size=1000, seed=5) == 0
+        assert run("--out", tmp_path) == 0
         top1 = [sub["top1"] for sub in read(tmp_path / "results.json")["sub_models"]]
-        assert min(top1) > 60 and top1[-1] >= top1[0] - 4 and "an epoch takes " in capfd.readouterr().out
+        assert min(top1) > 75 and top1[-1] >= top1[0] and "an epoch takes " in capfd.readouterr().out
 
     @each_method
     @rows("arch, n", [("msdnet", 1), ("universal", 4), ("switchable", 3)])
@@ -1247,14 +1246,15 @@ needs_script = pytest.mark.skipif(not (HERE / "run_cifar.sh").exists(), reason="
 
 
 def run_cifar(folder, *words, SLEEP="0.2", **variables):
-    """A finished process of run_cifar.sh, or one that sleeps, with a stand-in for the training; called from `folder`."""
+    """A finished process of run_cifar.sh, or one that sleeps, with a stand-in for training; called from `folder`."""
     python = folder / "python"
     python.write_text(f"#!{sys.executable}\n{STAND_IN}")
     python.chmod(0o755)
     process = subprocess.Popen(["bash", HERE / "run_cifar.sh", *words], cwd=folder, text=True, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, env={**os.environ, "PYTHON": str(python), "SEEDS": "0 1",
                                "DATASETS": "my_photos", "METHODS": "ce ipkd-ta", "ARCHS": "msdnet", "SLEEP": SLEEP,
-                               **variables})
+                               **variables},     # Ctrl-C reaches it even where this process ignores it
+                               preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL))
     if SLEEP == "0.2":
         process.wait()
     return process
@@ -1346,13 +1346,14 @@ class TestCommandLine:
         assert statuses == [0, 0] and {path.name: len(list(path.iterdir())) for path in Path("runs").iterdir()} == {
             "msdnet-shapes-ipkd-ta-seed0": 4, "msdnet-shapes-ipkd-ta-seed0-2": 4}
 
-    @each_network
+    @rows("arch", ["msdnet", "universal"])
     def test_benchmark_times_every_sub_model_of_a_run_beside_its_accuracy_and_training(self, arch, trained, capfd):
         for words in (["--eval", trained / arch / "checkpoint.pt"], flags({**TINY[arch], "image_size": 40})):
             capfd.readouterr()
             assert run("--benchmark", *words, batch_size=4) == 0
             out, results = capfd.readouterr().out, read(trained / arch / "results.json")["sub_models"]
-            found = {line.split()[0]: line.split()[1:] for line in out.splitlines() if re.match(r"(exit|width)-\S+ ", line)}
+            found = {line.split()[0]: line.split()[1:] for line in out.splitlines()
+                     if re.match(r"(exit|width)-\S+ ", line)}
             assert list(found) == [sub["name"] for sub in results] and "epoch 2/2" in out and "peak memory" in out
             for sub in results if words[0] == "--eval" else ():
                 mmacs, params, median, slow, rate, top1 = found[sub["name"]]
