@@ -9,16 +9,14 @@ MobileNet-V1. All are trained at once, and each sub-model teaches the next small
     python ipkd_ta.py                                      # a demonstration on drawn shapes, no download
     python ipkd_ta.py --arch msdnet --dataset cifar100     # one of the benchmarks
 
-Measured (two cores of an AMD EPYC, PyTorch 2.14): the demonstration takes 14 s and reaches 84.5 % at the first exit and
-91.4 % at the last. README.md and .github/MEASUREMENTS.md have the rest.
+Measured (two cores of an AMD EPYC, PyTorch 2.14): the demonstration takes 18 s and reaches 90.3 % at the first exit and
+98.0 % at the last. README.md and .github/MEASUREMENTS.md have the rest.
 
-Contents: loss, slimmable MobileNet-V1, MSDNet, sub-models in use, data, options, training, evaluation, tables, runs and
-command line. To reuse the loss or a network, copy its room: it needs only the imports.
+To reuse the loss or a network, copy its part of the file: it needs only the imports.
 """
 import argparse
 import copy
 import ctypes
-import dataclasses
 import hashlib
 import inspect
 import io
@@ -26,7 +24,6 @@ import itertools
 import json
 import math
 import os
-import statistics
 import sys
 import tempfile
 import textwrap
@@ -35,10 +32,11 @@ import unicodedata
 import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, fields, replace
 from numbers import Integral
 from pathlib import Path
+from statistics import mean, median, stdev
 from types import SimpleNamespace
 
 import torch
@@ -71,14 +69,9 @@ def ipkd_ta_loss(logits, target, method="ipkd-ta", kd_weight=0.5, temperature=1.
         "ipkd"     K: the largest teaches all others (Yu & Huang, ICCV 2019; Li et al., ICCV 2019)
         "ipkd-ta"  k + 1: each sub-model is the teacher assistant of the next smaller one (Ozerov & Duong, 2021)
 
-    Args:
-        logits: list of K tensors (N, C), smallest sub-model first. Half precision is computed in float32.
-        target: class indices (N,), int64.
-        method, kd_weight in [0, 1], temperature in [0.001, 1000]: see above.
-    Returns:
-        Scalar: summed over sub-models and classes, averaged over the batch. No gradient flows into a teacher.
-    Raises:
-        ValueError: an argument outside its range, or logits and target that do not fit each other.
+    logits: list of K tensors (N, C), smallest sub-model first, computed in float32 or better. target: class indices
+    (N,), int64. kd_weight in [0, 1], temperature in [0.001, 1000]. Returns a scalar: summed over sub-models and
+    classes, averaged over the batch; no gradient flows into a teacher. ValueError for arguments other than these.
     """
     if method not in ("ce", "ipkd", "ipkd-ta"):
         raise ValueError(f"method must be 'ce', 'ipkd' or 'ipkd-ta', got {method!r}")
@@ -91,12 +84,10 @@ def ipkd_ta_loss(logits, target, method="ipkd-ta", kd_weight=0.5, temperature=1.
     logits = [z.to(torch.promote_types(z.dtype, torch.float32)) for z in logits]
     log_p = [F.log_softmax(z / temperature, dim=1) for z in logits]
     loss = F.cross_entropy(logits[-1], target)
+    kd_weight = 0 if method == "ce" else kd_weight
     for k, student in enumerate(logits[:-1]):
-        ce = F.cross_entropy(student, target)
-        if method == "ce":
-            loss = loss + ce
-            continue
         teacher = log_p[-1] if method == "ipkd" else log_p[k + 1]
+        ce = F.cross_entropy(student, target)
         kl = F.kl_div(log_p[k], teacher.detach(), reduction="batchmean", log_target=True)
         loss = loss + (1 - kd_weight) * ce + kd_weight * temperature**2 * kl
     return loss
@@ -104,8 +95,7 @@ def ipkd_ta_loss(logits, target, method="ipkd-ta", kd_weight=0.5, temperature=1.
 
 def sandwich_widths(n, low, high, generator=None):
     """Widths to train in one step by the sandwich rule (Yu & Huang, ICCV 2019, section 3.3): `high`, n - 2 drawn
-    uniformly from [low, high] by a CPU torch.Generator, and `low`. A descending list: teachers precede their students.
-    ValueError unless n is an integer of at least 2 and 0 < low < high."""
+    uniformly from [low, high] by a CPU torch.Generator, and `low`, descending. ValueError for other n, low, high."""
     if not isinstance(n, Integral) or n < 2 or not 0 < low < high < math.inf:
         raise ValueError(f"need an integer n >= 2 and 0 < low < high, got n={n}, low={low}, high={high}")
     drawn = low + (high - low) * torch.rand(int(n) - 2, generator=generator, dtype=torch.float64)
@@ -119,26 +109,23 @@ def sandwich_widths(n, low, high, generator=None):
 
 class SlimmableMobileNetV1(nn.Module):
     """MobileNet-V1 (Howard et al., 2017), in its form for 32x32 images, with the width multiplier as an argument of
-    `forward`. At width w every layer computes with the first c * w of its c channels, rounded to a multiple of 8: by
-    functions on slices of its weights, so that hooks on its layers see nothing (`extract` a width for them).
+    `forward`. At width w every layer computes with the first c * w of its c channels, rounded to a multiple of 8. It
+    does so by functions on slices of weights: hooks on its layers see nothing. ValueError for a width not offered.
 
-    Args:
-        num_classes: C, the number of logits at every width.
-        widths: the sub-models, as width multipliers ascending in (0, 1]. Weights are as wide as the last one needs.
-        bn: "universal" (Yu & Huang, ICCV 2019): all widths share gamma and beta; any width in [widths[0], widths[-1]]
-            may be asked for, in eval mode after `calibrate` has measured its BatchNorm statistics.
-            "switchable" (Yu et al., ICLR 2019): a private BatchNorm for each of `widths`, and no other width.
-    Raises:
-        ValueError: arguments other than these, and later a width that the model does not offer.
+    num_classes: C, the number of logits at every width.
+    widths: the sub-models, as width multipliers ascending in (0, 1]. Weights are as wide as the last one needs.
+    bn: "universal" (Yu & Huang, ICCV 2019): all widths share gamma and beta; any width in [widths[0], widths[-1]] may
+        be asked for, in eval mode after `calibrate` has measured its BatchNorm statistics.
+        "switchable" (Yu et al., ICLR 2019): a private BatchNorm for each of `widths`, and no other width.
     """
 
     STEM = 32
     BLOCKS = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), (512, 1), (512, 1), (512, 1), (512, 1),
-              (512, 1), (1024, 2), (1024, 1))    # depthwise-separable: (output channels, stride)
+              (512, 1), (1024, 2), (1024, 1))  # depthwise-separable: (output channels, stride)
 
     def __init__(self, num_classes=100, widths=(0.25, 0.5, 0.75, 1.0), bn="universal"):
         super().__init__()
-        widths = tuple(round(float(width), 7) for width in widths)       # so that 0.1 + 0.2 is 0.3
+        widths = tuple(round(float(width), 7) for width in widths)  # so that 0.1 + 0.2 is 0.3
         if not widths or list(widths) != sorted(set(widths)) or not 0 < widths[0] <= widths[-1] <= 1:
             raise ValueError(f"widths must ascend within (0, 1], got {list(widths)}")
         if bn not in ("universal", "switchable") or not isinstance(num_classes, Integral) or num_classes < 1:
@@ -149,23 +136,22 @@ class SlimmableMobileNetV1(nn.Module):
         self.convs = nn.ModuleList([nn.Conv2d(3, counts[0], 3, padding=1, bias=False)])
         for i, (_, stride) in enumerate(self.BLOCKS):
             c_in, c_out = counts[2 * i], counts[2 * i + 2]
-            self.convs.append(nn.Conv2d(c_in, c_in, 3, stride, padding=1, groups=c_in, bias=False))      # depthwise
-            self.convs.append(nn.Conv2d(c_in, c_out, 1, bias=False))                                     # pointwise
+            self.convs.append(nn.Conv2d(c_in, c_in, 3, stride, padding=1, groups=c_in, bias=False))  # depthwise
+            self.convs.append(nn.Conv2d(c_in, c_out, 1, bias=False))  # pointwise
         self.classifier = nn.Linear(counts[-1], int(num_classes))
         for conv in self.convs:
-            nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")   # N(0, sqrt(2 / (k k C_out)))
+            nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")  # N(0, sqrt(2 / (k k C_out)))
         nn.init.normal_(self.classifier.weight, std=0.01)
         nn.init.zeros_(self.classifier.bias)
 
-        if bn == "switchable":     # a list of BatchNorms for each width
+        if bn == "switchable":  # a list of BatchNorms for each width
             self.norms = nn.ModuleList(nn.ModuleList(map(nn.BatchNorm2d, self.channels(w))) for w in widths)
-        else:                      # one list for all, and the calibrated statistics of each width beside it
+        else:  # one list for all, and the calibrated statistics of each width beside it
             self.norms = nn.ModuleList(nn.BatchNorm2d(c, track_running_stats=False) for c in counts)
-        self.statistics = {}       # universal: width -> [(mean, variance) of each layer]
+        self.statistics = {}  # universal: width -> [(mean, variance) of each layer]
 
     def channels(self, width):
-        """Output channels of the 27 convolutions: the multiple of 8 nearest to c * width, at least 8 and never below
-        90 % of c * width."""
+        """Of the 27 convolutions: the multiples of 8 nearest to c * width, at least 8 and 90 % of c * width."""
         base = [self.STEM]
         for c_out, _ in self.BLOCKS:
             base += [base[-1], c_out]
@@ -173,8 +159,7 @@ class SlimmableMobileNetV1(nn.Module):
         return [c if c >= 0.9 * exact else c + 8 for exact, c in nearest]
 
     def layers(self, width, measured=False):
-        """The 27 layers at this width: conv, its sliced weight, gamma, beta, running mean and variance (None where they
-        need not be `measured` and are not)."""
+        """The 27 layers: conv, its sliced weight, gamma, beta, running mean and variance (None if not measured)."""
         width = round(float(width), 7)
         if not self.trained[0] <= width <= self.trained[-1] or self.bn == "switchable" and width not in self.trained:
             raise ValueError(f"width {width} was not trained: {self.bn} BatchNorm with widths {self.trained}")
@@ -195,51 +180,46 @@ class SlimmableMobileNetV1(nn.Module):
     def forward(self, x, width=None):
         """x: (N, 3, H, W) -> logits (N, num_classes) of the sub-model of this width (default: the largest)."""
         if self.training and self.bn == "universal":
-            self.statistics.clear()              # the weights are about to change: they get wrong
-        layers = self.layers(self.trained[-1] if width is None else width, measured=not self.training)
-        return self.run(x, layers, self.training)
+            self.statistics.clear()  # the weights are about to change: they get wrong
+        width = self.trained[-1] if width is None else width
+        return self.run(x, self.layers(width, measured=not self.training), self.training)
 
     def run(self, x, layers, training, momentum=0.1):
         for conv, weight, gamma, beta, mean, var in layers:
             bias = None
-            if not training:       # BatchNorm is a fixed map now, and merged into the convolution it takes no time
+            if not training:  # BatchNorm is a fixed map now, and merged into the convolution it takes no time
                 scale = gamma * torch.rsqrt(var + 1e-5)
                 weight, bias = weight * scale[:, None, None, None], beta - mean * scale
             x = F.conv2d(x, weight, bias, conv.stride, conv.padding, groups=len(weight) if conv.groups > 1 else 1)
             x = F.relu6(F.batch_norm(x, mean, var, gamma, beta, True, momentum) if training else x)
-        x = x.mean(dim=(2, 3))                                                       # (N, channels of the last layer)
+        x = x.mean(dim=(2, 3))  # (N, channels of the last layer)
         return F.linear(x, self.classifier.weight[:, :x.shape[1]], self.classifier.bias)
 
     @torch.no_grad()
     def calibrate(self, batches, widths=None):
-        """Measure the BatchNorm statistics that eval mode needs anew, as the mean over all images, which are cut into
-        batches of equal size first: every image counts the same. The next forward pass in training mode makes a
-        universal model forget them; a switchable one goes on from them.
-
-        batches: iterable of normalised training images (N, 3, H, W), augmented as in training, some thousand in all, or
-            of tuples that begin with them, as a DataLoader gives.
-        widths: which to measure (default: `widths`); of a universal model any in [widths[0], widths[-1]].
-        """
+        """Measure the BatchNorm statistics that eval mode needs anew, as the mean over all images. A universal model
+        forgets them in training. batches: iterable of normalised, augmented training images (N, 3, H, W), some thousand
+        in all, or of tuples that begin with them. widths: which to measure (default: `widths`)."""
         images, seen = torch.cat([batch if torch.is_tensor(batch) else batch[0] for batch in batches]), 0
         widths = [round(float(width), 7) for width in (self.widths if widths is None else widths)]
-        for width, layers in [(width, self.layers(width)) for width in widths]:      # begin anew
+        for width, layers in [(width, self.layers(width)) for width in widths]:  # begin anew
             if self.bn == "universal":
                 self.statistics[width] = [(torch.empty_like(layer[2]), torch.empty_like(layer[2])) for layer in layers]
             for *_, mean, var in self.layers(width):
                 mean.zero_(), var.zero_()
         for x in images.tensor_split(math.ceil(len(images) / 256)):
             seen += len(x)
-            for width in widths:                 # the running statistics become the mean over the images seen
+            for width in widths:  # the running statistics become the mean over the images seen
                 self.run(x.to(self.classifier.weight), self.layers(width), training=True, momentum=len(x) / seen)
 
-    def get_extra_state(self):                   # the calibrated statistics are a part of the state_dict
+    def get_extra_state(self):  # the calibrated statistics are a part of the state_dict
         return self.statistics
 
     def set_extra_state(self, state):
-        self.statistics = {width: [(mean.to(self.classifier.weight), var.to(self.classifier.weight))
-                                   for mean, var in layers] for width, layers in state.items()}
+        self.statistics = state
+        self.to(self.classifier.weight)
 
-    def _apply(self, fn, recurse=True):          # and follow the weights to another device or number format
+    def _apply(self, fn, recurse=True):  # and follow the weights to another device or number format
         super()._apply(fn, recurse)
         self.statistics = {width: [(fn(mean), fn(var)) for mean, var in layers]
                            for width, layers in self.statistics.items()}
@@ -249,22 +229,22 @@ class SlimmableMobileNetV1(nn.Module):
         return [f"width-{width:g}" for width in self.widths]
 
     def sub_models(self, image_size=32):
-        """The sub-models of `widths`, ascending, with name, macs and params: multiply-accumulates of convolutions
-        and classifier for one image of image_size x image_size, and parameters including BatchNorm's gamma and beta."""
+        """Those of `widths`, each with name, macs (multiply-accumulates of convolutions and classifier for one image of
+        image_size x image_size) and params (with BatchNorm's gamma and beta)."""
         subs = []
         for name, width in zip(self.names(), self.widths):
-            macs, params, size = 0, self.classifier.out_features, image_size
+            macs, params, size = 0, 0, image_size
             for conv, weight, gamma, *_ in self.layers(width):
                 size = math.ceil(size / conv.stride[0])
                 macs += weight.numel() * size**2
                 params += weight.numel() + 2 * len(gamma)
-            classifier = len(gamma) * self.classifier.out_features
-            subs.append(SimpleNamespace(name=name, macs=macs + classifier, params=params + classifier))
+            c = self.classifier.out_features
+            subs.append(SimpleNamespace(name=name, macs=macs + len(gamma) * c, params=params + (len(gamma) + 1) * c))
         return subs
 
     def training_passes(self, x, draw_widths):
-        """The forward passes of one training step on images x, largest sub-model first, each as a list of logits:
-        switchable, of all `widths`; universal, of those that draw_widths(low, high) gives, in descending order."""
+        """The forward passes of one training step, largest sub-model first, each as a list of logits: of all `widths`
+        if switchable, of draw_widths(low, high) if universal."""
         sampled = self.bn == "universal" and len(self.trained) > 1
         for width in draw_widths(self.trained[0], self.trained[-1]) if sampled else reversed(self.trained):
             yield [self(x, width)]
@@ -273,11 +253,11 @@ class SlimmableMobileNetV1(nn.Module):
         """x: (N, 3, H, W) -> list of logits (N, num_classes), smallest sub-model first."""
         return [self(x, width) for width in self.widths]
 
-    def extract(self, which):                    # see the function `extract`; an int or a float
+    def extract(self, which):  # see the function `extract`; an int or a float
         width, modules, c_in = self.widths[which - 1] if isinstance(which, int) else which, [], 3
         for conv, *tensors in self.layers(width, measured=True):
             weight, gamma, beta, mean, var = (t.detach().clone() for t in tensors)
-            with torch.device("meta"):           # no weights are drawn: these are put in
+            with torch.device("meta"):  # no weights are drawn: these are put in
                 module = Conv2dNormActivation(c_in, len(weight), conv.kernel_size, conv.stride,
                                               groups=len(weight) if conv.groups > 1 else 1, activation_layer=nn.ReLU6)
             module.load_state_dict({"0.weight": weight, "1.weight": gamma, "1.bias": beta, "1.running_mean": mean,
@@ -313,8 +293,7 @@ class MSDStem(nn.Module):
 
 
 class MSDLayer(nn.Module):
-    """Maps -> their coarsest `n_out` scales, each with growth * factor new channels appended: computed from the scale
-    itself and from the next finer one if there is one, half each."""
+    """Maps -> their coarsest `n_out` scales, each with new channels: half of them from the next finer scale, if any."""
 
     def __init__(self, channels, growth, factors, n_out):
         super().__init__()
@@ -362,10 +341,8 @@ class MSDExit(nn.Module):
 
 
 class MSDTracer(fx.Tracer):
-    """Records what an exit computes, convolution by convolution, each with its BatchNorm and ReLU."""
-
     def is_leaf_module(self, module, name):
-        return isinstance(module, Conv2dNormActivation) or super().is_leaf_module(module, name)
+        return isinstance(module, Conv2dNormActivation) or super().is_leaf_module(module, name)  # stays whole
 
 
 class MSDNet(nn.Module):
@@ -375,20 +352,15 @@ class MSDNet(nn.Module):
     channels. Every layer appends growth * (1, 2, 4) channels; the finest scale is dropped after each third of the
     layers. Exit k classifies the coarsest scale after block k.
 
-    Args:
-        num_classes: C, the number of logits of every exit.
-        exits: K, the number of blocks and of classifiers.
-        base: layers in the first block.
-        step, step_mode: layers in each later block: `step` ("even") or step * i + 1 in block i + 1 ("lin_grow").
-        channels: n, the channels of the first layer at the finest scale.
-        growth: channels that a layer adds at the finest scale.
-        gradient_equilibrium: scale gradients so that block k receives the mean over the exits from k on of what each of
-            them sends, not the sum (Li et al., ICCV 2019): its size does not grow with their number.
-    Raises:
-        ValueError: an argument that is not a positive integer, or an unknown step_mode.
+    num_classes: C, the number of logits of every exit.
+    exits: K, the number of blocks and of classifiers. base: layers in the first block.
+    step, step_mode: layers in each later block: `step` ("even") or step * i + 1 in block i + 1 ("lin_grow").
+    channels, growth: at the finest scale, channels of the first layer and those that every layer adds.
+    gradient_equilibrium: block k receives the mean over the exits from k on of the gradients that each of them sends,
+        not the sum (Li et al., ICCV 2019): its size does not grow with their number.
     """
 
-    FACTORS = (1, 2, 4)      # channels of a scale relative to the finest; also how far its bottlenecks are wider
+    FACTORS = (1, 2, 4)  # channels of a scale relative to the finest; also how far its bottlenecks are wider
 
     def __init__(self, num_classes=100, exits=7, base=4, step=2, step_mode="even", channels=16, growth=6,
                  gradient_equilibrium=False):
@@ -402,9 +374,8 @@ class MSDNet(nn.Module):
         self.gradient_equilibrium = gradient_equilibrium
         num_classes, exits, base, step, n, growth = map(int, sizes)
         depths = [base] + [step if step_mode == "even" else step * i + 1 for i in range(1, exits)]
-        interval = math.ceil(sum(depths) / len(self.FACTORS))      # layers between two scale reductions
-        factors, layer = self.FACTORS, 0
-        self.blocks, self.heads = nn.ModuleList(), nn.ModuleList()
+        interval = math.ceil(sum(depths) / len(self.FACTORS))  # layers between two scale reductions
+        factors, self.blocks, self.heads = self.FACTORS, nn.ModuleList(), nn.ModuleList()
         for k, depth in enumerate(depths):
             block = [MSDStem(n, factors)] if k == 0 else []
             for layer in range(sum(depths[:k]), sum(depths[:k + 1])):
@@ -416,7 +387,7 @@ class MSDNet(nn.Module):
                     block.append(MSDTransition(n, factors))
                     n //= 2
             self.blocks.append(nn.Sequential(*block))
-            self.heads.append(nn.Sequential(                       # at 32x32 pixels 8x8 -> 4x4 -> 2x2 -> 1x1
+            self.heads.append(nn.Sequential(  # at 32x32 pixels 8x8 -> 4x4 -> 2x2 -> 1x1
                 Conv2dNormActivation(n * factors[-1], 128, 3, stride=2), Conv2dNormActivation(128, 128, 3, stride=2),
                 nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, num_classes)))
 
@@ -424,30 +395,25 @@ class MSDNet(nn.Module):
         """x: (N, 3, H, W) -> list of K logits (N, num_classes), exit 1 first."""
         logits = []
         for following, block, head in zip(reversed(range(len(self.heads))), self.blocks, self.heads):
-            x = block(x)                                           # maps, finest scale first
+            x = block(x)  # maps, finest scale first
             read = x[-1]
-            if self.gradient_equilibrium and self.training:
-                read = self.scale_gradient(read, 1 / (following + 1))
-                x = [self.scale_gradient(m, following / (following + 1)) for m in x]
+            if self.gradient_equilibrium and self.training:  # the same numbers, their gradients scaled
+                share = 1 / (following + 1)
+                read = torch.lerp(read.detach(), read, share)
+                x = [torch.lerp(m.detach(), m, 1 - share) for m in x]
             logits.append(head(read))
         return logits
 
-    @staticmethod
-    def scale_gradient(x, factor):
-        """x of any shape, unchanged; the gradient that comes back through it is multiplied by factor, 0 to 1."""
-        return torch.lerp(x.detach(), x, factor)
-
     def calibrate(self, batches, widths=None):
-        pass                                                       # BatchNorm statistics are tracked in training
+        pass  # BatchNorm statistics are tracked in training
 
     def names(self):
         return [f"exit-{k}" for k in range(1, len(self.heads) + 1)]
 
     def sub_models(self, image_size=32):
-        """The exits, exit 1 first, with name, macs and params of what it takes to get the answer of that exit and no
-        other (the blocks up to it and its head): multiply-accumulates of convolutions and linear layers for one image
-        of image_size x image_size, parameters including BatchNorm's. early_exit_macs: with all heads on the way."""
-        with FlopCounterMode(display=False) as counter:            # on tensors that have a shape and no numbers
+        """The exits, each with name, params (with BatchNorm's) and macs (multiply-accumulates for one square image) of
+        the blocks up to it and its own head. early_exit_macs: with all heads on the way."""
+        with FlopCounterMode(display=False) as counter:  # on tensors that have a shape and no numbers
             copy.deepcopy(self).to("meta").eval()(torch.empty(1, 3, image_size, image_size, device="meta"))
         subs, blocks, heads, net, flops = [], 0, 0, type(self).__name__, counter.get_flop_counts()
         for k, name in enumerate(self.names()):
@@ -458,18 +424,17 @@ class MSDNet(nn.Module):
         return subs
 
     def training_passes(self, x, draw_widths):
-        """The forward passes of one training step on images x, each as a list of logits: one pass gives every exit."""
-        yield self(x)
+        yield self(x)  # one forward pass gives the logits of every exit
 
     def all_logits(self, x):
         return self(x)
 
-    def extract(self, k):                        # see the function `extract`
+    def extract(self, k):  # see the function `extract`
         if not isinstance(k, int):
-            raise ValueError(f"an MSDNet has exits, which are whole numbers, got {k}")
+            raise ValueError(f"an exit of MSDNet must be a whole number, got {k}")
         exit = MSDExit(self.blocks[:k], self.heads[k - 1])
         exit = fx.GraphModule(exit, MSDTracer().trace(exit))
-        exit.graph.eliminate_dead_code()         # lazy evaluation: not the finer scales that nothing reads any more
+        exit.graph.eliminate_dead_code()  # lazy evaluation: not the finer scales that nothing reads any more
         exit.delete_all_unused_submodules()
         exit.recompile()
         return copy.deepcopy(exit).eval()
@@ -481,13 +446,9 @@ class MSDNet(nn.Module):
 
 
 def extract(model, which):
-    """A sub-model as a plain nn.Module in eval mode with its own copy of the weights: (N, 3, H, W) -> logits (N, C),
-    the same as inside the model. An exit of MSDNet evaluates lazily (Huang et al., ICLR 2018): finer scales that
-    nothing reads any more before it are not computed.
-
-    which: k = 1 (smallest) ... K as an integer; of a slimmable network also a width as a float, at which a universal
-        one must have been calibrated. ValueError for others.
-    """
+    """A sub-model as an nn.Module in eval mode with its own copy of the weights: (N, 3, H, W) -> logits (N, C). An exit
+    of MSDNet evaluates lazily (Huang et al., ICLR 2018): it computes no finer scales that nothing reads any more.
+    which: k = 1 (smallest) ... K, or a (calibrated) width of a slimmable network as a float. ValueError for others."""
     if not isinstance(which, Integral):
         return model.extract(float(which))
     if not 1 <= which <= len(model.names()):
@@ -497,8 +458,7 @@ def extract(model, which):
 
 def fold_bn(model):
     """Merge every BatchNorm of an extracted sub-model, or of a whole MSDNet, into the convolution before it, in place;
-    returns the model, whose logits stay the same up to rounding. ValueError in training mode, and where there is none
-    to merge: in a slimmable network, whose BatchNorms depend on the width, or in a model folded before."""
+    returns the model. ValueError in training mode, and where there is none: in a slimmable network or a folded one."""
     layers = [m for m in model.modules() if isinstance(m, Conv2dNormActivation) and isinstance(m[1], nn.BatchNorm2d)]
     if model.training or not layers:
         raise ValueError(f"need BatchNorms and eval mode: found {len(layers)}, training {model.training}")
@@ -511,20 +471,14 @@ def fold_bn(model):
 def early_exit(model, images, thresholds):
     """Classify images by an MSDNet, each by the first exit that is sure enough: only the others enter the next block
     (Huang et al., ICLR 2018, section 4.2).
-
-    Args:
-        model: MSDNet in eval mode.
-        images: floating-point (N, 3, H, W), normalised.
-        thresholds: K numbers; an image leaves at the first exit whose largest softmax output is at least its threshold,
-            and at the last in any case.
-    Returns:
-        predictions (N,) int64, and exits (N,) int64: the exit that each image took, 1 ... K.
-    """
+    model: MSDNet in eval mode. images: floating-point (N, 3, H, W), normalised. thresholds: K numbers; an image leaves
+    at the first exit whose largest softmax output is at least its threshold, and at the last in any case.
+    Returns predictions (N,) int64, and exits (N,) int64: the exit that each image took, 1 ... K."""
     thresholds = [float(t) for t in thresholds]
     if model.training or len(thresholds) != len(model.heads) or any(map(math.isnan, thresholds)):
         raise ValueError(f"need eval mode, {len(model.heads)} thresholds; got training {model.training}, {thresholds}")
     predictions, exits = torch.zeros(2, len(images), dtype=torch.int64, device=images.device)
-    x, left = images, torch.arange(len(images), device=images.device)            # left: whom the rows of x belong to
+    x, left = images, torch.arange(len(images), device=images.device)  # left: whom the rows of x belong to
     for k, (block, head, threshold) in enumerate(zip(model.blocks, model.heads, thresholds), start=1):
         x = block(x)
         confidence, prediction = head(x[-1]).softmax(dim=1).max(dim=1)
@@ -538,10 +492,8 @@ def early_exit(model, images, thresholds):
 
 def exit_thresholds(confidence, shares):
     """Thresholds for early_exit by which given shares of the images leave at each exit (Huang et al., ICLR 2018).
-
     confidence: (K, N), largest softmax output of each exit on N held-out images; shares: K numbers that sum to 1.
-    Returns K floats, 2 where no image leaves, the last one 0. Equal confidences leave together, more than asked for.
-    """
+    Returns K floats, 2 where no image leaves, the last one 0. Equal confidences leave together."""
     shares = [float(share) for share in shares]
     if len(shares) != len(confidence) or not all(0 <= share <= 1 for share in shares) or abs(sum(shares) - 1) > 1e-6:
         raise ValueError(f"shares must be {len(confidence)} numbers from 0 to 1 with the sum 1, got {shares}")
@@ -559,10 +511,10 @@ def exit_thresholds(confidence, shares):
 # ====================================================================================================================
 
 CIFAR_STATISTICS = {"cifar10": ((0.4914, 0.4824, 0.4467), (0.2471, 0.2435, 0.2616)),
-                    "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))}      # mean, std of R, G, B
+                    "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))}  # mean, std of R, G, B
 LITTER = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "@eadir", "__macosx", "#recycle", "$recycle.bin",
-          "lost+found", "system volume information"}        # of file managers; hidden files are skipped too
-SHAPES = {      # number of lobes, direction of the first one in degrees
+          "lost+found", "system volume information"}  # of file managers; hidden files are skipped too
+SHAPES = {  # number of lobes, direction of the first one in degrees
     "disc": (0, 0), "lying egg": (2, 0), "standing egg": (2, 90), "trefoil": (3, -90), "hanging trefoil": (3, 90),
     "plus": (4, 0), "cross": (4, 45), "star": (5, -90), "hanging star": (5, 90), "flower": (8, 0)}
 
@@ -572,7 +524,7 @@ class InputError(Exception):
 
 
 def say(text, stream="stdout"):
-    """Print at once. A stream that is absent, closed, of another encoding or without a reader never ends a run."""
+    """Print at once. A stream that is absent, closed, of another encoding or without a reader ends no run."""
     file = getattr(sys, stream)
     try:
         encoding = getattr(file, "encoding", None) or "utf-8"
@@ -582,13 +534,23 @@ def say(text, stream="stdout"):
 
 
 def one_line(error):
-    return " ".join(str(error).split())[:400] or type(error).__name__
+    name = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
+    return " ".join(f"{name}{error}".split())[:400]
+
+
+@contextmanager
+def blaming(what, *kinds):
+    """Turn errors of these kinds into an InputError that names what the user gave."""
+    try:
+        yield
+    except kinds as error:
+        raise InputError(f"{what} ({one_line(error)})") from error
 
 
 @dataclass
 class Data:
-    """Splits "train", "test" and "val" (held out from the training images), as far as they were asked for, each as
-    images (N, 3, H, W) uint8 and labels (N,) int64; mean and std (3,) of pixels scaled to [0, 1]."""
+    """Splits "train", "test" and "val" (held out from training), as far as they were asked for, each as images
+    (N, 3, H, W) uint8 and labels (N,) int64; mean and std (3,) of pixels scaled to [0, 1]."""
     splits: dict
     classes: list
     mean: torch.Tensor = None
@@ -596,7 +558,6 @@ class Data:
     memory_format: torch.memory_format = torch.channels_last
 
     def to(self, device, memory_format):
-        """On this device, to be normalised into this memory format."""
         splits = {name: (images.to(device), labels.to(device)) for name, (images, labels) in self.splits.items()}
         return Data(splits, self.classes, self.mean.to(device), self.std.to(device), memory_format)
 
@@ -607,25 +568,23 @@ class Data:
 
 
 def augment(images, generator):
-    """CIFAR augmentation of (N, 3, H, W): zero-pad by an eighth of the height, crop at random, flip half of the images.
-    generator: CPU torch.Generator, so that the draws are the same on every device."""
+    """CIFAR augmentation of (N, 3, H, W): zero-pad by an eighth, crop and flip at random, drawn by a CPU generator."""
     n, _, height, width = images.shape
     pad = height // 8
     top, left, flip = (torch.randint(high, (n,), generator=generator).to(images.device, non_blocking=True)
                        for high in (2 * pad + 1, 2 * pad + 1, 2))
-    windows = F.pad(images, (pad,) * 4).unfold(2, height, 1).unfold(3, width, 1)      # views: (N, 3, top, left, H, W)
+    windows = F.pad(images, (pad,) * 4).unfold(2, height, 1).unfold(3, width, 1)  # views: (N, 3, top, left, H, W)
     crops = windows[torch.arange(n, device=images.device), :, top, left]
     return torch.where(flip.bool().view(n, 1, 1, 1), crops.flip(3), crops)
 
 
 def load_data(dataset, data_dir="data", train_size=0, val_size=0, splits=("train", "test"), image_size=32):
-    """The Data of --dataset on the CPU; InputError when files are missing, unreadable or too few. train_size training
-    images are kept (0: all) and val_size others held out, both drawn once and for all, the same for every seed. mean
-    and std come with the training images."""
+    """The Data of --dataset on the CPU. train_size training images are kept (0: all) and val_size others held out, the
+    same for every seed; mean and std come with them. InputError when files are missing, unreadable or too few."""
     root = Path(data_dir).expanduser()
     if dataset == "shapes":
-        data = Data({"train": draw_shapes((train_size or 1500) + val_size, seed=0), "test": draw_shapes(1000, seed=1)},
-                    list(SHAPES))
+        train, test = draw_shapes((train_size or 1500) + val_size, seed=0), draw_shapes(1000, seed=1)
+        data = Data({"train": train, "test": test}, list(SHAPES))
     else:
         data = load_folder(root, splits, image_size) if dataset == "folder" else load_cifar(dataset, root, splits)
     if "train" not in splits:
@@ -649,32 +608,30 @@ def load_data(dataset, data_dir="data", train_size=0, val_size=0, splits=("train
 
 def load_cifar(name, root, splits):
     """CIFAR-10 or CIFAR-100 in its Python form, by torchvision, md5-checked; downloaded on first use."""
-    cls = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
-    archive, state = root / cls.filename, "is not there"
+    cls = torchvision.datasets.CIFAR10 if name == "cifar10" else torchvision.datasets.CIFAR100
+    archive = root / cls.filename
     try:
-        try:
-            sets = [cls(root, train=split == "train") for split in splits]
-        except RuntimeError:         # not unpacked, or damaged: unpack it in a place of our own, as others may do too
+        sets = [cls(root, train=split == "train") for split in splits]
+    except RuntimeError:  # not unpacked, or damaged: unpack it in a place of our own, as others may do too
+        sound = torchvision.datasets.utils.check_integrity(archive, cls.tgz_md5)
+        state = "is sound" if sound else "is incomplete or damaged" if archive.exists() else "is not there"
+        with blaming(f"{name}: '{archive}' {state}, downloading or unpacking failed: put it there from "
+                     "https://www.cs.toronto.edu/~kriz/cifar.html", OSError, RuntimeError):
             root.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=root if os.access(root, os.W_OK) else None) as own:
-                if archive.exists():
-                    sound = torchvision.datasets.utils.check_integrity(archive, cls.tgz_md5)
-                    state = "is sound" if sound else "is incomplete or damaged"
-                    Path(own, cls.filename if sound else "damaged").symlink_to(archive.resolve())
+            place = root if os.access(root, os.W_OK) else None
+            with tempfile.TemporaryDirectory(dir=place) as own:
+                if sound:
+                    Path(own, cls.filename).symlink_to(archive.resolve())
                 sets = [cls(own, train=split == "train", download=True) for split in splits]
-                with suppress(OSError):        # keep it for the next time, unless another process was first
-                    if os.access(root, os.W_OK):
-                        os.replace(Path(own, cls.base_folder), root / cls.base_folder)
-    except (OSError, RuntimeError) as error:
-        raise InputError(f"{name} cannot be read: '{archive}' {state}, downloading or unpacking failed ({error}): put "
-                         f"{cls.filename} from https://www.cs.toronto.edu/~kriz/cifar.html into '{root}'") from error
+                with suppress(OSError):  # keep it for the next time, unless another process was first
+                    os.replace(Path(own, cls.base_folder), (place or Path(own)) / cls.base_folder)
     return Data({split: (torch.from_numpy(s.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(s.targets))
                  for split, s in zip(splits, sets)}, sets[0].classes)
 
 
 def load_folder(root, splits, size):
     """Images of any format and size that Pillow reads, as root/train/<class>/* and root/test/<class>/* (or val)."""
-    files, classes = {}, None                       # split -> [(path, label)]
+    files, classes = {}, None  # split -> [(path, label)]
     for split in splits:
         folder = root / ("val" if split == "test" and not (root / "test").is_dir() else split)
         if not folder.is_dir():
@@ -684,7 +641,7 @@ def load_folder(root, splits, size):
         classes = classes or sorted(names)
         odd = {*names} ^ {*classes} | {name for name, paths in found if not paths or names.count(name) > 1}
         if odd or not names:
-            raise InputError(f"'{folder}' must have each class of the other split once, with images: look at "
+            raise InputError(f"'{folder}' must have the other split's classes, once each, with images: look at "
                              f"{', '.join(sorted(odd)) or 'its folders: there is none'}")
         files[split] = [(path, classes.index(name)) for name, paths in sorted(found) for path in paths]
     images = read_images([path for split in splits for path, _ in files[split]], size)
@@ -703,35 +660,35 @@ def read_images(paths, size):
     def read(i):
         try:
             pixels[i] = pil_to_tensor(read_image(paths[i], size))
-        except Exception as error:                  # Pillow's decoders raise many types
-            bad.append(f"'{paths[i]}' ({one_line(error)})")
+        except Exception as error:  # Pillow's decoders raise many types
+            return f"'{paths[i]}' ({one_line(error)})"
 
     say(f"reading {len(paths):,} images of {paths[0].parent.parent}")
     with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
         warnings.simplefilter("ignore")
-        for i, _ in enumerate(pool.map(read, range(len(paths))), start=1):
+        for i, fault in enumerate(pool.map(read, range(len(paths))), start=1):
+            bad += [fault] if fault else []
             if time.perf_counter() - said > 5:
                 said = time.perf_counter()
                 say(f"{i:,} images read")
     if bad:
-        raise InputError(f"{len(bad)} files are no images, mend or remove them: {'; '.join(sorted(bad)[:10])}")
+        raise InputError(f"{len(bad)} files are no images, mend or remove them: {'; '.join(bad[:10])}")
     return pixels
 
 
 def read_image(path, size=32):
-    """The (first) image of a file as a viewer shows it on white, as Pillow's RGB image of size x size pixels: its
-    shorter side is brought to `size`, with antialiasing, and of the longer one the centre is taken."""
-    if not path.is_file():                          # a folder, a pipe, a link to nowhere or to itself
+    """The (first) image of a file as a viewer shows it on white: the centre, resized to Pillow's RGB of size x size."""
+    if not path.is_file():  # a folder, a pipe, a link to nowhere or to itself
         raise ValueError("not a file")
     with Image.open(path) as image:
-        image.draft(None, (2 * size, 2 * size))     # of a large JPEG only what is needed is decoded
+        image.draft(None, (2 * size, 2 * size))  # of a large JPEG only what is needed is decoded
         clear, raw = image.info.get("transparency"), image.tile[0][3] if image.format == "PNG" else None
-        if clear is not None and raw in ("L;2", "L;4"):         # Pillow widens the levels, not the transparent one
+        if clear is not None and raw in ("L;2", "L;4"):  # Pillow widens the levels, not the transparent one
             image.info["transparency"] = clear * {"L;2": 85, "L;4": 17}[raw]
         elif clear is not None and raw == "RGB;16B":
             raise ValueError("which of its 16-bit colours is transparent cannot be told")
         image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I;16"):           # Pillow would clip at 255
+        if image.mode.startswith("I;16"):  # Pillow would clip at 255
             levels = pil_to_tensor(image.convert("I"))
             gray = (levels / 257).round().to(torch.uint8)
             image = to_pil_image(gray if clear is None else gray.masked_fill(levels == clear, 255))
@@ -744,20 +701,19 @@ def read_image(path, size=32):
 
 
 def draw_shapes(n, seed, contrast=0.5, noise=0.2, depth=0.27):
-    """n images (n, 3, 32, 32) uint8 of the ten SHAPES in equal numbers, and their labels (n,): a shape of random size,
-    place, tilt and colour on a darker ground, both blotched, under noise."""
+    """n images (n, 3, 32, 32) uint8 of SHAPES of random size, place, tilt and colour on a darker ground, and labels."""
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(low, high, *size):
         return low + (high - low) * torch.rand(*size, generator=generator)
 
     labels = (torch.arange(n) % len(SHAPES))[torch.randperm(n, generator=generator)]
-    lobes, direction = torch.tensor(list(SHAPES.values()))[labels].T[:, :, None, None]              # each (n, 1, 1)
+    lobes, direction = torch.tensor(list(SHAPES.values()))[labels].T[:, :, None, None]  # each (n, 1, 1)
     pixel = torch.arange(32) - 15.5
-    x, y = pixel[None, :] - uniform(-2, 2, n, 1, 1), pixel[:, None] - uniform(-2, 2, n, 1, 1)       # (n, 32, 32)
+    x, y = pixel[None, :] - uniform(-2, 2, n, 1, 1), pixel[:, None] - uniform(-2, 2, n, 1, 1)  # (n, 32, 32)
     angle = torch.atan2(y, x) - direction.deg2rad() + uniform(-0.2, 0.2, n, 1, 1)
-    edge = uniform(7, 11, n, 1, 1) * (1 + depth * torch.cos(lobes * angle))                           # its radius there
-    inside = torch.sigmoid(2 * (edge - torch.hypot(x, y)))[:, None]                                 # soft outline
+    edge = uniform(7, 11, n, 1, 1) * (1 + depth * torch.cos(lobes * angle))  # its radius there
+    inside = torch.sigmoid(2 * (edge - torch.hypot(x, y)))[:, None]  # soft outline
     blotches = F.interpolate(uniform(-0.2, 0.2, n, 3, 5, 5), size=32, mode="bicubic")
     ground = uniform(0, 1 - contrast, n, 3, 1, 1)
     images = ground + contrast * inside + blotches + noise * torch.randn(n, 3, 32, 32, generator=generator)
@@ -769,27 +725,25 @@ def draw_shapes(n, seed, contrast=0.5, noise=0.2, depth=0.27):
 # ====================================================================================================================
 
 
-# A family is its class, its defaults, those on the built-in shapes, and what is no method of the class: the memory
-# format that is fast on a CPU, whether biases, BatchNorm and depthwise weights decay, whether sub-models are exits.
+# A family: its class, its defaults, those on the built-in shapes, the memory format that is fast on a CPU, whether
+# biases, BatchNorm and depthwise weights decay, whether sub-models are exits.
 NETWORKS = {
     "msdnet": SimpleNamespace(
-        cls=MSDNet, defaults=dict(epochs=300, schedule="multistep"),
+        cls=MSDNet, defaults=dict(epochs=300, schedule="multistep"), cpu_format=torch.contiguous_format,
         shapes=dict(epochs=2, batch_size=32, schedule="cosine", exits=4, base=1, step=1, step_mode="lin_grow",
-                    channels=8, growth=4), cpu_format=torch.contiguous_format, decay_all=True, exits=True),
+                    channels=8, growth=4), decay_all=True, exits=True),
     "slimmable": SimpleNamespace(
-        cls=SlimmableMobileNetV1, defaults=dict(epochs=200, schedule="cosine", lr=0.4),
-        shapes=dict(epochs=12, batch_size=32, lr=0.1, widths=(0.125, 0.25, 0.375, 0.5)),
-        cpu_format=torch.channels_last, decay_all=False, exits=False),
+        cls=SlimmableMobileNetV1, defaults=dict(epochs=200, schedule="cosine", lr=0.4), cpu_format=torch.channels_last,
+        shapes=dict(epochs=12, batch_size=32, lr=0.1, eval_every=4, widths=(0.125, 0.25, 0.375, 0.5)), decay_all=False,
+        exits=False),
 }
 DISTILLED, FILES = {"method": ("ipkd", "ipkd-ta")}, {"dataset": ("cifar10", "cifar100", "folder")}
 MSD, SLIM, FOLDER = {"arch": ("msdnet",)}, {"arch": ("slimmable",)}, {"dataset": ("folder",)}
 
 
-def option(default, help, low=None, high=2**31 - 1, choices=None, only={}, place=False):
-    """A field of Config. low, high: its range; only: {option: the values with which this one has an effect}; place: it
-    says where a run happens, not what it is, and may change when the run is resumed."""
-    return dataclasses.field(default=default, metadata=dict(help=help, range=(low, high), choices=choices, only=only,
-                                                            place=place))
+def option(default, help, low=None, high=2**31 - 1, choices=None, only={}):
+    """A field of Config. low, high: its range; only: {option: the values with which this one has an effect}."""
+    return field(default=default, metadata=dict(help=help, range=(low, high), choices=choices, only=only))
 
 
 @dataclass
@@ -797,16 +751,14 @@ class Config:
     """What a run is. InputError for a value of a wrong type or outside its range."""
     arch: str = option("msdnet", "multi-exit MSDNet or slimmable MobileNet-V1", choices=tuple(NETWORKS))
     dataset: str = option("shapes", "built-in shapes, CIFAR, or a folder", choices=("shapes", *FILES["dataset"]))
-    data_dir: str = option("data", "holds CIFAR, or train/<class>/*, test/<class>/* (or val)", only=FILES, place=True)
+    data_dir: str = option("data", "holds CIFAR, or train/<class>/*, test/<class>/* (or val)", only=FILES)
     image_size: int = option(32, "pixels: a folder's images are resized and cropped to a square", 8, 1024, only=FOLDER)
     train_size: int = option(0, "training images, chosen at random; 0: all, or 1500 shapes", 0)
     val_size: int = option(0, "training images held out, for thresholds of early exits and to choose options", 0)
-    # distillation
     method: str = option("ipkd-ta", "teacher: none, the largest, the next larger", choices=("ce", *DISTILLED["method"]))
     kd_weight: float = option(0.5, "weight of the teacher against the labels", 0, 1, only=DISTILLED)
     kd_warmup: float = option(1.0, "share of training over which that weight rises from 0", 0, 1, only=DISTILLED)
     temperature: float = option(1.0, "softmax temperature of the distillation", 1e-3, 1e3, only=DISTILLED)
-    # training
     epochs: int = option(300, "passes over the training images", 1)
     batch_size: int = option(64, "images per step, of all processes together", 1)
     lr: float = option(0.1, "highest learning rate of SGD", 1e-9, 1e6)
@@ -816,11 +768,9 @@ class Config:
     init: str = option("", "begin with the weights of this checkpoint.pt of the same network")
     eval_every: int = option(1, "epochs between evaluations; the last epoch is always evaluated", 1)
     seed: int = option(0, "of weights, order, augmentation and widths", 0, 2**63 - 1)
-    # machine
-    device: str = option("auto", "auto (cuda if there is one, else cpu), cpu, cuda, cuda:1, ...", place=True)
+    device: str = option("auto", "auto (cuda if there is one, else cpu), cpu, cuda, cuda:1, ...")
     amp: str = option("auto", "mixed precision; auto: on cuda only", choices=("auto", "off", "bf16", "fp16"))
     compile: bool = option(False, "torch.compile the network: faster steps after minutes of compiling", only=MSD)
-    # msdnet
     exits: int = option(7, "classifiers: the sub-models", 1, only=MSD)
     base: int = option(4, "layers before the first exit", 1, only=MSD)
     step: int = option(2, "layers between one exit and the next", 1, only=MSD)
@@ -828,15 +778,14 @@ class Config:
     channels: int = option(16, "channels of the first layer at the finest scale", 1, only=MSD)
     growth: int = option(6, "channels that a layer adds at the finest scale", 1, only=MSD)
     gradient_equilibrium: bool = option(False, "blocks get the mean of the exits' gradients, not the sum", only=MSD)
-    # slimmable
     widths: tuple = option((0.25, 0.5, 0.75, 1.0), "width multipliers ascending in (0, 1]: the sub-models", only=SLIM)
     bn: str = option("universal", "BatchNorm: one, or one a width", choices=("universal", "switchable"), only=SLIM)
     sandwich: int = option(4, "widths in a step: ends, others drawn", 2, only={**SLIM, "bn": ("universal",)})
 
     def __post_init__(self):
-        for f in dataclasses.fields(self):
+        for f in fields(self):
             value, (low, high), choices = getattr(self, f.name), f.metadata["range"], f.metadata["choices"]
-            if (f.type, type(value)) in ((float, int), (tuple, list)):          # as JSON and callers write them
+            if (f.type, type(value)) in ((float, int), (tuple, list)):  # as JSON and callers write them
                 value = f.type(value)
                 setattr(self, f.name, value)
             wrong = type(value) is not f.type or choices and value not in choices
@@ -849,41 +798,31 @@ class Config:
 
     @property
     def data_name(self):
-        """The data set in tables and results: a folder has its own name."""
         return Path(self.data_dir).expanduser().resolve().name if self.dataset == "folder" else self.dataset
-
-    def load_data(self, splits=("train", "test")):
-        return load_data(self.dataset, self.data_dir, self.train_size, self.val_size, splits, self.image_size)
 
 
 def flag(name):
     return "--" + name.replace("_", "-")
 
 
-def with_options(cfg, given):
-    """cfg with the options that were given (a dict); InputError for one that has no effect on such a run."""
+def make_config(given, cfg=None):
+    """Config of the options given over those of cfg or over the defaults; InputError for one that has no effect."""
+    if cfg is None:
+        network, on_shapes = NETWORKS[given.get("arch", Config.arch)], given.get("dataset", Config.dataset) == "shapes"
+        cfg = Config(**{**network.defaults, **(network.shapes if on_shapes else {})})
     cfg = replace(cfg, **given)
-    for f in dataclasses.fields(cfg):
+    for f in fields(cfg):
         if f.name in given and not cfg.has_effect(f):
             needs = " and ".join(f"{flag(k)} {' or '.join(values)}" for k, values in f.metadata["only"].items())
             raise InputError(f"{flag(f.name)} has no effect here: it needs {needs}")
     return cfg
 
 
-def make_config(given):
-    """Config from the options that were given (a dict) over the defaults of the family and of its demonstration."""
-    network, on_shapes = NETWORKS[given.get("arch", Config.arch)], given.get("dataset", Config.dataset) == "shapes"
-    return with_options(Config(**{**network.defaults, **(network.shapes if on_shapes else {})}), given)
-
-
 def build_model(cfg, num_classes):
-    """The network that the options describe; InputError when they do not fit each other."""
     cls = NETWORKS[cfg.arch].cls
     own = [name for name in inspect.signature(cls).parameters if name != "num_classes"]
-    try:
+    with blaming(f"--arch {cfg.arch} with other options", ValueError, OverflowError):
         return cls(num_classes, **{name: getattr(cfg, name) for name in own})
-    except (ValueError, OverflowError) as error:
-        raise InputError(f"--arch {cfg.arch}: {one_line(error)}") from error
 
 
 # ====================================================================================================================
@@ -896,33 +835,10 @@ def rank_and_world_size():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def lr_factor(schedule, progress):
-    """Learning rate relative to its highest, after this share of the training: progress in [0, 1)."""
-    if schedule == "multistep":
-        return 0.1 ** ((progress >= 0.5) + (progress >= 0.75))
-    return 0.5 * (1 + math.cos(math.pi * progress)) if schedule == "cosine" else 1 - progress
-
-
-def ramp(progress, share):
-    """From 0 to 1 over this share of the training, then 1."""
-    return min(1, progress / share) if share else 1
-
-
-def make_optimizer(model, cfg):
-    """SGD with Nesterov momentum; parameters without weight decay are a group of their own."""
-    groups = [{"params": [], "weight_decay": 0.0}, {"params": [], "weight_decay": cfg.weight_decay}]
-    for p in model.parameters():
-        groups[NETWORKS[cfg.arch].decay_all or p.ndim > 1 and p.shape[1] > 1]["params"].append(p)
-    # fused is faster, but leaves the momentum unset when the scaler of fp16 skips the first step
-    return torch.optim.SGD(groups, cfg.lr, momentum=0.9, nesterov=True, fused=cfg.amp != "fp16")
-
-
 def train_step(model, images, labels, cfg, kd_weight, scaler, generator):
-    """Add the gradients of the loss on one batch to the parameters'; returns the loss.
-
-    Only one pass's activations are alive at a time: the newest logits meet those of the larger sub-models, which carry
-    no gradient any more, so each backward adds what its own sub-models contribute to L, and the last loss is all of L.
-    """
+    """Add the gradients of the loss on one batch to the parameters'; returns the loss. Only one pass's activations are
+    alive at a time: the newest logits meet those of the larger sub-models, which carry no gradient any more, so each
+    backward adds what its own sub-models contribute to L, and the last loss is all of L."""
     dtype, larger = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(cfg.amp), []
 
     def draw_widths(low, high):
@@ -937,8 +853,7 @@ def train_step(model, images, labels, cfg, kd_weight, scaler, generator):
 
 
 def merge_gradients(model, loss, share):
-    """Replace the gradients and the loss by their sum over all processes, each times the process's share of the batch.
-    One message a step: DistributedDataParallel would send one for each pass, and wants all weights in the last one."""
+    """Replace the gradients and the loss by their mean over the batch of all processes, in one message a step."""
     parts = [*(p.grad for p in model.parameters() if p.grad is not None), loss]
     flat = torch.cat([part.flatten() for part in parts]) * share
     dist.all_reduce(flat)
@@ -947,14 +862,19 @@ def merge_gradients(model, loss, share):
 
 
 def train(cfg, model, data, out, checkpoint=None):
-    """Train from the start, or from a checkpoint, to the end; after each epoch metrics.jsonl and checkpoint.pt in the
-    directory `out` are replaced. Returns the accuracies after the last epoch."""
+    """Train, from a checkpoint if given, and return the accuracies. Each epoch replaces two files in `out`."""
     rank, world_size = rank_and_world_size()
     device, (images, labels), accuracies = data.mean.device, data.splits["train"], None
 
+    # SGD with Nesterov momentum, some parameters without decay; fused is faster, but leaves the momentum unset when the
+    # scaler of fp16 skips the first step
+    groups = [{"params": [], "weight_decay": 0.0}, {"params": [], "weight_decay": cfg.weight_decay}]
+    for p in model.parameters():
+        groups[NETWORKS[cfg.arch].decay_all or p.ndim > 1 and p.shape[1] > 1]["params"].append(p)
+    optimizer = torch.optim.SGD(groups, cfg.lr, momentum=0.9, nesterov=True, fused=cfg.amp != "fp16")
+
     # two generators: one for the order of the images and the widths, one for the augmentation
     order_rng, crop_rng = (torch.Generator().manual_seed(cfg.seed) for _ in range(2))
-    optimizer = make_optimizer(model, cfg)
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.amp == "fp16")
     first_epoch, metrics, marks = 0, [], []
 
@@ -983,8 +903,10 @@ def train(cfg, model, data, out, checkpoint=None):
 
             # learning rate and weight of the teacher follow from how much of the training is done, in mid-step
             progress = (epoch + (step + 0.5) / steps) / cfg.epochs
-            lr = cfg.lr * lr_factor(cfg.schedule, progress) * ramp(progress, cfg.lr_warmup)
-            kd_weight = cfg.kd_weight * ramp(progress, cfg.kd_warmup)
+            factor = {"multistep": 0.1 ** ((progress >= 0.5) + (progress >= 0.75)), "linear": 1 - progress,
+                      "cosine": 0.5 * (1 + math.cos(math.pi * progress))}[cfg.schedule]
+            lr = cfg.lr * factor * min(1, progress / (cfg.lr_warmup or progress))
+            kd_weight = cfg.kd_weight * min(1, progress / (cfg.kd_warmup or progress))
             for group in optimizer.param_groups:
                 group["lr"] = lr
 
@@ -1000,7 +922,7 @@ def train(cfg, model, data, out, checkpoint=None):
 
             # how long it will take, by ten steps after the first ones, which are slow everywhere
             if epoch == first_epoch and step in (4, 14):
-                total.item()                     # waits for the device
+                total.item()  # waits for the device
                 marks.append(time.perf_counter())
             if epoch == first_epoch and step == 14:
                 minutes = (marks[1] - marks[0]) / 10 * steps / 60
@@ -1044,8 +966,7 @@ def train(cfg, model, data, out, checkpoint=None):
 
 
 def calibration_batches(data, images=2048, batch_size=256):
-    """Training images for `calibrate`, the same at every call, augmented as in training: that is what the weights were
-    trained on."""
+    """Training images for `calibrate`, the same at every call, augmented as in training."""
     train, generator = data.splits["train"][0], torch.Generator().manual_seed(0)
     chosen = torch.randperm(len(train), generator=generator)[:images].to(train.device)
     return [data.normalise(augment(train[batch], generator)) for batch in chosen.split(batch_size)]
@@ -1057,16 +978,15 @@ def predict(model, data, split, rank=0, world_size=1, batch_size=250):
     """Logits (K, N, C) of every sub-model, smallest first, and labels (N,), on a split or a process's part of it."""
     model.eval()
     images, labels = (t[rank::world_size] for t in data.splits[split])
-    batches = images.split(batch_size)
-    return torch.cat([torch.stack(model.all_logits(data.normalise(x))) for x in batches], dim=1), labels
+    logits = [torch.stack(model.all_logits(data.normalise(x))) for x in images.split(batch_size)]
+    return torch.cat(logits, dim=1), labels
 
 
 def evaluate(model, data, split="test"):
-    """Accuracy of every sub-model on a split, smallest first: list of {"top1", "top5" in percent, "loss": mean
-    cross-entropy}."""
+    """Of every sub-model on a split, smallest first: {"top1", "top5" in percent, "loss": mean cross-entropy}."""
     logits, labels = predict(model, data, split, *rank_and_world_size())
-    hits = logits.topk(min(5, logits.shape[2])).indices == labels[:, None]                  # (K, N, 5)
-    losses = -logits.log_softmax(2)[:, torch.arange(len(labels)), labels]                   # (K, N)
+    hits = logits.topk(min(5, logits.shape[2])).indices == labels[:, None]  # (K, N, 5)
+    losses = -logits.log_softmax(2)[:, torch.arange(len(labels)), labels]  # (K, N)
     totals = torch.stack([hits[:, :, 0].sum(1), hits.any(2).sum(1), losses.sum(1)])
     if dist.is_initialized():
         dist.all_reduce(totals)
@@ -1075,14 +995,11 @@ def evaluate(model, data, split="test"):
 
 
 def budgeted(model, data, image_size=32):
-    """Budgeted batch classification by an MSDNet (Huang et al., ICLR 2018, section 4.2): the test accuracy of
-    early_exit for a sweep of budgets, its thresholds found on the validation images.
-
-    Returns a list of {"q", "macs", "top1", "thresholds", "exits"}: exit k is meant for a share of the images that is
-    proportional to q^k and takes the share exits[k - 1] of them. macs: average for one image, all heads up to the exit
-    taken counted; top1 in percent.
-    """
-    confidence, correct = {}, {}                                                            # of a split: (K, N)
+    """Budgeted batch classification by an MSDNet (Huang et al., ICLR 2018, section 4.2): early_exit on the test images
+    for a sweep of budgets, with thresholds found on the validation images. List of {"q", "macs", "top1" in percent,
+    "thresholds", "exits"}: exit k is meant for a share of the images proportional to q^k and takes the share
+    exits[k - 1] of them. macs: average for one image, all heads up to the exit taken counted."""
+    confidence, correct = {}, {}  # of a split: (K, N)
     for split in ("val", "test"):
         logits, labels = (t.cpu() for t in predict(model, data, split))
         confidence[split], answers = logits.softmax(2).max(2)
@@ -1091,7 +1008,7 @@ def budgeted(model, data, image_size=32):
     for q in (i / 10 for i in range(1, 21)):
         shares = q ** torch.arange(1, len(costs) + 1, dtype=torch.float64)
         thresholds = exit_thresholds(confidence["val"], shares / shares.sum())
-        exits = (confidence["test"] >= torch.tensor(thresholds)[:, None]).int().argmax(dim=0)      # (N,), the first
+        exits = (confidence["test"] >= torch.tensor(thresholds)[:, None]).int().argmax(dim=0)  # (N,), the first
         budgets.append({"q": q, "macs": costs[exits].double().mean().item(),
                         "top1": 100 * correct["test"].gather(0, exits[None]).mean().item(), "thresholds": thresholds,
                         "exits": (exits.bincount(minlength=len(costs)) / len(exits)).tolist()})
@@ -1100,152 +1017,128 @@ def budgeted(model, data, image_size=32):
 
 @torch.no_grad()
 def clock(model, x, repeats):
-    """Milliseconds of each of the forward passes on x, after some to warm up, in ascending order."""
+    """Milliseconds of each forward pass on x, after some to warm up, in ascending order."""
     times = []
     for _ in range(repeats + 5):
         start = time.perf_counter()
-        model(x).sum().item()                    # waits for the device
+        model(x).sum().item()  # waits for the device
         times.append(1000 * (time.perf_counter() - start))
     return sorted(times[5:])
 
 
 def benchmark(args, given, steps=20, classes=10):
-    """Print what every sub-model costs as it would be shipped, extracted and folded, and the speed and peak memory of
-    training with these options, on random images. With --eval the network is that of a run, and its accuracies
-    stand in the table where its results.json lies beside the checkpoint."""
+    """Print what every sub-model costs as it would be shipped, and what training costs, on random images."""
     if "eval" in args:
         cfg, model, content = load_checkpoint(args["eval"])
-        cfg, classes = with_options(replace(cfg, device="auto", amp="auto"), given), len(content["classes"])
+        cfg, classes = make_config(given, replace(cfg, device="auto", amp="auto")), len(content["classes"])
         if build_model(cfg, classes).state_dict().keys() != model.state_dict().keys():
             raise InputError("--benchmark --eval: the options of the network are those of the checkpoint")
     else:
-        cfg = make_config({"dataset": "folder", **given})
+        cfg, content = make_config({"dataset": "folder", **given}), {"metrics": [{}]}
         model = build_model(cfg, classes)
-    path, cfg = args.get("eval", Path("none")).with_name("results.json"), replace(cfg, epochs=2, eval_every=2)
+    cfg, top1 = replace(cfg, epochs=2, eval_every=2), content["metrics"][-1].get("top1")
     (device, memory_format), size, half = pick_device(cfg), cfg.image_size, torch.full((3,), 0.5)
     images = torch.randint(256, (steps * cfg.batch_size, 3, size, size), dtype=torch.uint8)
     labels = torch.arange(len(images)) % classes
     data = Data({"train": (images, labels), "test": (images[:64], labels[:64])}, [*range(classes)], half, half)
     data, model = data.to(device, memory_format), model.to(device, memory_format=memory_format)
     model.calibrate([data.normalise(data.splits["test"][0])])
-
-    known = json.loads(path.read_text())["sub_models"] if "eval" in args and path.is_file() else ()
     rows = [("sub-model", "MMACs", "params", "ms, 1 image", "90th percentile", "images/s by 64", "top-1 %")]
     for k, sub in enumerate(model.eval().sub_models(size), start=1):
-        shipped, x = fold_bn(extract(model, k)), data.normalise(data.splits["test"][0])      # 64 images
+        shipped, x = fold_bn(extract(model, k)), data.normalise(data.splits["test"][0])  # 64 images
         one, many = clock(shipped, x[:1], 100), clock(shipped, x, 10)
-        rows.append((sub.name, f"{sub.macs / 1e6:.2f}", f"{sub.params:,}", f"{statistics.median(one):.2f}",
-                     f"{one[90]:.2f}", f"{64_000 / statistics.median(many):.0f}",
-                     f"{known[k - 1]['top1']:.2f}" if known else ""))
+        rows.append((sub.name, sub.macs / 1e6, sub.params, median(one), one[90],
+                     f"{64_000 / median(many):.0f}", top1[k - 1] if top1 else ""))
     say(f"random images of {size}x{size}, device {device}, {torch.get_num_threads()} threads")
     print_table(*rows)
-    with tempfile.TemporaryDirectory() as out:   # an epoch to warm up, one by the clock
+    with tempfile.TemporaryDirectory() as out:  # an epoch to warm up, one by the clock
         train(cfg, model, data, Path(out))
-    if device.type == "cuda":
-        say(f"peak memory {torch.cuda.max_memory_allocated(device) / 2**20:.0f} MiB")
-    else:
-        import resource                          # not on every system
-        say(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10:.0f} MiB, of the whole process")
+    import resource  # not on every system
+    used = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+    say(f"peak memory {(used or 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 2**20:.0f} MiB")
 
 
 # ====================================================================================================================
 # Tables and picture
 # ====================================================================================================================
 
-T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)       # Student's t for 95 %, of 2, 3, ... 10 values
+T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t for 95 %, of 2, 3, ... 10 values
 
 
 def print_table(*rows):
-    """Rows of text cells, the first column aligned to the left, the others to the right."""
+    """Rows of texts and numbers, the first column aligned to the left, the others to the right."""
+    rows = [[c if isinstance(c, str) else f"{c:,}" if isinstance(c, int) else f"{c:.2f}" for c in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
         say("  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]))
 
 
 def load_runs(directories):
-    """The runs below the directories: {setting: {method: {seed: results}}}. A setting names network, data set and every
-    option that is not the default, but for where a run happened; a method names its own options likewise. An option
-    that a run does not know counts as its default."""
+    """{setting: {method: {seed: results}}}, named by the options that decide the outcome and are not the default."""
     settings = {}
     for path in sorted({path.resolve() for d in directories for path in d.rglob("results.json")}):
-        try:
+        with blaming(f"'{path}' is not the results.json of a run", Exception):  # JSON may hold anything
             run = json.loads(path.read_text(encoding="utf-8"))
             cfg, budgets = config_of(run["config"]), path.with_name("budget.json")
-            run["top1"], run["mmacs"] = ([sub[key] / unit for sub in run["sub_models"]] for key, unit in
-                                         (("top1", 1), ("macs", 1e6)))
+            default = make_config({"arch": cfg.arch, "dataset": cfg.dataset})
+            run["top1"], run["mmacs"] = zip(*((sub["top1"] / 1, sub["macs"] / 1e6) for sub in run["sub_models"]))
             run["budgets"] = json.loads(budgets.read_text())["budgets"] if budgets.exists() else []
-            default, _ = make_config({"arch": cfg.arch, "dataset": cfg.dataset}), run["top1"][0]
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError, InputError) as error:
-            raise InputError(f"'{path}' is not the results.json of a run ({one_line(error)})") from error
-        special = {f: f"{f.name} {getattr(cfg, f.name)}" for f in dataclasses.fields(cfg)
-                   if getattr(cfg, f.name) != getattr(default, f.name) and f.name not in (
-                       "data_dir", "train_size", "epochs", "method", "seed", "device", "amp", "compile", "eval_every")}
-        extent = f"{cfg.train_size:,} images, {cfg.epochs} epochs"
-        setting = ", ".join([f"{cfg.arch} on {run.get('dataset', cfg.dataset)}: {extent}",
-                             *(text for f, text in special.items() if f.metadata["only"] != DISTILLED)])
-        method = ", ".join([cfg.method, *(text for f, text in special.items() if f.metadata["only"] == DISTILLED)])
-        runs = settings.setdefault(setting, {}).setdefault(method, {})
-        if cfg.seed in runs:
-            say(f"'{path}' is left out: the same setting, method and seed as '{runs[cfg.seed]['path']}'", "stderr")
-        else:
-            runs[cfg.seed] = {**run, "path": path}
+        setting = [f"{cfg.arch} on {run.get('dataset', cfg.dataset)}: {cfg.train_size:,} images, {cfg.epochs} epochs"]
+        method = [cfg.method]
+        for f in fields(cfg):
+            if getattr(cfg, f.name) != getattr(default, f.name) and f.name not in (
+                    "data_dir", "train_size", "epochs", "method", "seed", "device", "amp", "compile", "eval_every"):
+                (method if f.metadata["only"] == DISTILLED else setting).append(f"{f.name} {getattr(cfg, f.name)}")
+        runs = settings.setdefault(", ".join(setting), {}).setdefault(", ".join(method), {})
+        first = runs.setdefault(cfg.seed, {**run, "path": path})["path"]
+        if first != path:
+            say(f"'{path}' is left out: the same setting, method and seed as '{first}'", "stderr")
     if not settings:
         raise InputError(f"--report: no results.json of a run below {', '.join(map(str, directories))}")
     return {setting: dict(sorted(by_method.items())) for setting, by_method in sorted(settings.items())}
 
 
-def mean_and_spread(values):
-    """Mean ± sample standard deviation as text; only the mean of a single value."""
-    return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
-
-
 def report(args, given):
-    """Print the runs below --report as Markdown: for each setting a table of top-1 accuracies, as mean ± sample
-    standard deviation over the seeds; below it the differences between methods in the mean over the sub-models, paired
-    by seed, with 95 % intervals of Student's t. With --plot draw them too."""
+    """Print, as Markdown, top-1 accuracies as mean ± sample standard deviation over the seeds, and the differences
+    between methods, paired by seed, with 95 % intervals."""
     settings = load_runs(args["report"])
     for setting, by_method in settings.items():
         first, means = next(iter(next(iter(by_method.values())).values())), {}
         rows = [["top-1 %", *(sub["name"] for sub in first["sub_models"]), "mean"],
                 ["---", *["---:"] * (len(first["top1"]) + 1)], ["MMACs", *(f"{m:.2f}" for m in first["mmacs"]), ""]]
         for method, runs in by_method.items():
-            means[method] = {seed: statistics.mean(run["top1"]) for seed, run in runs.items()}
+            means[method] = {seed: mean(run["top1"]) for seed, run in runs.items()}
             columns = [*zip(*(run["top1"] for run in runs.values())), list(means[method].values())]
-            rows.append([f"{method} ({len(runs)})", *map(mean_and_spread, columns)])
+            rows.append([f"{method} ({len(runs)})", *(
+                f"{mean(v):.2f}" + (f" ± {stdev(v):.2f}" if len(v) > 1 else "") for v in columns)])
         say("\n".join([f"### {setting}\n", *(f"| {' | '.join(row)} |" for row in rows), ""]))
-        for b, a in itertools.combinations(means, 2):        # ipkd - ce, ipkd-ta - ce, ipkd-ta - ipkd
+        for b, a in itertools.combinations(means, 2):  # ipkd - ce, ipkd-ta - ce, ipkd-ta - ipkd
             pairs = [means[a][seed] - means[b][seed] for seed in means[a] if seed in means[b]]
             if pairs:
-                n, mean, interval = len(pairs), statistics.mean(pairs), ""
+                n, gain, text = len(pairs), mean(pairs), ""
                 if n > 1:
-                    half = T95[min(n, 10) - 2] * statistics.stdev(pairs) / n**0.5
-                    interval = f", 95 % interval {mean - half:+.2f} to {mean + half:+.2f}"
-                say(f"{a} - {b}, mean of the sub-models: {mean:+.2f}{interval} (pairs of one seed: {n})\n")
+                    half = T95[min(n, 10) - 2] * stdev(pairs) / n**0.5
+                    text = f", 95 % interval {gain - half:+.2f} to {gain + half:+.2f}"
+                say(f"{a} - {b}, mean of the sub-models: {gain:+.2f}{text} (pairs of one seed: {n})\n")
     if "plot" in args:
         plot(settings, args["plot"])
 
 
 def plot(settings, path):
-    """Top-1 accuracy against MACs as a picture (.svg, .png, ...): a panel for each setting, a line for each method, the
-    sample standard deviation over the seeds as bars, thin lines by early exit. InputError without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise InputError("--plot needs matplotlib: pip install matplotlib") from error
-    styles = {"ce": ("#000000", "o:"), "ipkd": ("#E69F00", "s--"), "ipkd-ta": ("#0072B2", "^-")}       # Okabe & Ito
-    columns = min(3, len(settings))
-    figure = Figure(figsize=(4.5 * columns, 3.6 * math.ceil(len(settings) / columns)), layout="constrained", dpi=150,
-                    facecolor="white")
-    for i, (setting, by_method) in enumerate(settings.items(), start=1):
-        axes = figure.add_subplot(math.ceil(len(settings) / columns), columns, i)
+    """Top-1 accuracy against MACs: a panel for each setting, a line for each method, thin lines by early exit."""
+    from matplotlib.figure import Figure  # ImportError: one line that names the package
+    styles = {"ce": ("#000000", "o:"), "ipkd": ("#E69F00", "s--"), "ipkd-ta": ("#0072B2", "^-")}  # Okabe & Ito
+    figure = Figure(figsize=(4.5 * len(settings), 3.6), layout="constrained", dpi=150, facecolor="white")
+    panels = figure.subplots(1, len(settings), squeeze=False)[0]
+    for axes, (setting, by_method) in zip(panels, settings.items()):
         for method, runs in by_method.items():
             top1, (color, style) = list(zip(*(run["top1"] for run in runs.values()))), styles[method.split(",")[0]]
-            spread = [statistics.stdev(values) for values in top1] if len(runs) > 1 else None
-            axes.errorbar(next(iter(runs.values()))["mmacs"], [statistics.mean(values) for values in top1], spread,
+            spread = [stdev(values) for values in top1] if len(runs) > 1 else None
+            axes.errorbar(next(iter(runs.values()))["mmacs"], [mean(values) for values in top1], spread,
                           color=color, fmt=style, markersize=5, capsize=2, label=f"{method} ({len(runs)})")
-            budgets = [*zip(*(run["budgets"] for run in runs.values() if run["budgets"]))]    # of one q: of every seed
+            budgets = [*zip(*(run["budgets"] for run in runs.values() if run["budgets"]))]  # of one q: of every seed
             if budgets:
-                points = [[statistics.mean(b[key] / unit for b in seeds) for seeds in budgets]
+                points = [[mean(b[key] / unit for b in seeds) for seeds in budgets]
                           for key, unit in (("macs", 1e6), ("top1", 1))]
                 axes.plot(*points, color=color, linewidth=0.8, label=f"{method}, early exit")
         axes.set(title="\n".join(textwrap.wrap(setting, 45)), xlabel="cost of the sub-model (million MACs per image)",
@@ -1253,9 +1146,8 @@ def plot(settings, path):
         axes.grid(alpha=0.3)
         axes.legend()
     picture = io.BytesIO()
-    if path.suffix[1:] not in figure.canvas.get_supported_filetypes():
-        raise InputError(f"--plot '{path}': must end with one of {', '.join(figure.canvas.get_supported_filetypes())}")
-    figure.savefig(picture, format=path.suffix[1:])
+    with blaming(f"--plot '{path}' has an unknown suffix", ValueError):
+        figure.savefig(picture, format=path.suffix[1:])
     write_file(path, picture.getvalue())
 
 
@@ -1264,244 +1156,199 @@ def plot(settings, path):
 # ====================================================================================================================
 
 RUN_FILES = ("config.json", "metrics.jsonl", "checkpoint.pt", "results.json", "budget.json")
+PLACE = {"data_dir", "device"}  # options that say where a run happens, not what it is: they may change on the way
 
 
 def write_file(path, content):
-    """Put these bytes in place in one step, flushed to the disk, so that there is never half a file. Of several
-    processes that train together only the first writes."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")       # of this process: another may write as well
-    if rank_and_world_size()[0] == 0:
-        try:
-            with open(temporary, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except OSError as error:
-            raise InputError(f"cannot write '{path}' ({one_line(error)}): what was there is kept") from error
-        finally:
-            temporary.unlink(missing_ok=True)
+    """Put these bytes in place in one step, so that there is never half a file. Of several processes the first does."""
+    if rank_and_world_size()[0]:
+        return
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # of this process: another may write as well
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def config_of(saved):
     """Config of a saved dict, or of the run in a directory; an option that it does not know has its default."""
     where = f" in '{saved}'" if isinstance(saved, Path) else ""
-    try:
+    with blaming(f"no run of this program{where}", OSError, ValueError, LookupError, TypeError):
         saved = json.loads((saved / "config.json").read_text(encoding="utf-8")) if where else saved
-        known = {f.name: saved[f.name] for f in dataclasses.fields(Config) if f.name in saved}
-        return Config(**{"arch": known["arch"], "dataset": known["dataset"], "method": known["method"], **known})
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise InputError(f"no run of this program{where} ({type(error).__name__}: {one_line(error)})") from error
+        return Config(**{f.name: saved[f.name] for f in fields(Config)
+                         if f.name in saved or f.name in ("arch", "dataset", "method")})
 
 
 def load_checkpoint(path):
-    """A checkpoint.pt as (Config, model in eval mode, whole content), on the CPU. Code in it is refused, not run.
-    InputError when there is none, or it is damaged or of another program."""
-    try:
+    """A checkpoint.pt as (Config, model in eval mode, whole content), on the CPU. Code in it is refused, not run."""
+    with blaming(f"cannot read checkpoint '{path}'", Exception):  # torch raises many types
         with zipfile.ZipFile(path) as archive:
-            if archive.testzip() or any(p.external_attr for p in archive.infolist()):   # torch.load looks at neither
+            if archive.testzip() or any(p.external_attr for p in archive.infolist()):  # torch.load looks at neither
                 raise ValueError("a checksum is wrong")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         cfg = config_of(checkpoint["config"])
         model = build_model(cfg, len(checkpoint["classes"]))
         model.load_state_dict(checkpoint["model"])
-        if checkpoint["mean"].shape != (3,) or checkpoint["std"].shape != (3,):
-            raise ValueError("its content is not that of a run")
-    except Exception as error:                   # not there, damaged, or not a checkpoint: torch raises many types
-        raise InputError(f"cannot read checkpoint '{path}' ({type(error).__name__}: {one_line(error)})") from error
+        checkpoint["mean"].view(3), checkpoint["std"].view(3)  # an error if these are something else
     return cfg, model.eval(), checkpoint
 
 
-def begin_with(model, path, classes):
-    """Put the weights of another run of the same network into the model, but those of its classifiers only if its
-    classes are these. InputError for another network."""
-    _, other, content = load_checkpoint(path)
-    state = other.state_dict()
-    if content["classes"] != classes:
-        new = {f"{name}.{part}" for name, module in model.named_modules() if isinstance(module, nn.Linear)
-               for part in ("weight", "bias")}
-        state.update((name, value) for name, value in model.state_dict().items() if name in new)
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise InputError(f"--init '{path}' is of another network ({one_line(error)})") from error
-
-
 def pick_device(cfg):
-    """torch.device of --device, tried out, and the memory format that is fast there; "auto" in the options becomes what
-    it means here."""
-    try:
+    """torch.device of --device, tried out, and the memory format that is fast there. Replaces "auto" in the options."""
+    with blaming(f"--device {cfg.device} cannot be used here", Exception):  # torch raises many types
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device)
         if device.type == "cuda" and dist.is_initialized():
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         torch.ones(1, device=device).item()
-    except Exception as error:                   # unknown, absent, or unable to compute: torch raises many types
-        raise InputError(f"--device {cfg.device} cannot be used here ({one_line(error)})") from error
-    if device.type == "cuda":                    # TF32 for matrix products as for convolutions, the fastest convolution
+    cuda, cfg.device = device.type == "cuda", str(device)
+    if cuda:  # TF32 for matrix products as for convolutions, the fastest convolution
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
     if cfg.amp == "auto":
-        native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        cfg.amp = "off" if device.type != "cuda" else "bf16" if native else "fp16"
-    cfg.device = str(device)
+        native = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        cfg.amp = "bf16" if native else "fp16" if cuda else "off"
     return device, NETWORKS[cfg.arch].cpu_format if device.type == "cpu" else torch.channels_last
 
 
-def claim(out, cfg, overwrite):
-    """Make `out` the directory of a new run by creating its config.json, which only one of several processes can;
-    FileExistsError for the others. `overwrite` removes a run of this program, recognised by its config.json."""
-    held = [name for name in RUN_FILES if (out / name).exists()]
-    if held and overwrite:
-        config_of(out)
-        for name in held:
-            (out / name).unlink()
-    elif held:
-        raise FileExistsError(f"--out '{out}' already holds {', '.join(held)}: choose another, --resume or --overwrite")
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / "config.json", "xb") as file:
-        file.write(json.dumps(vars(cfg), indent=2).encode())
-    return out
+def load_images(cfg, checkpoint=None, splits=("train", "test")):
+    """The Data that the options name, on their device; InputError if a checkpoint's run had others."""
+    device, memory_format = pick_device(cfg)
+    data = load_data(cfg.dataset, cfg.data_dir, cfg.train_size, cfg.val_size, splits, cfg.image_size)
+    if checkpoint:
+        same = data.mean is None or torch.allclose(data.mean, checkpoint["mean"], rtol=1e-6)
+        if not same or data.classes != checkpoint["classes"]:
+            raise InputError(f"the images are not those of the run: --data-dir '{cfg.data_dir}' has others, or classes")
+        data.mean, data.std = checkpoint["mean"], checkpoint["std"]
+    return data.to(device, memory_format)
 
 
-def resumed(args, given):
-    """Options and checkpoint of the run in --out: no checkpoint if it ended in its first epoch; neither if it is to
-    begin."""
-    out, place = args.get("out", Path("?")), {f.name for f in dataclasses.fields(Config) if f.metadata["place"]}
-    if "out" in args and given.keys() - place and not (out / "config.json").exists():
-        return None, None
-    try:
-        cfg = config_of(out)
-    except InputError as error:
-        raise InputError(f"--resume: {error}; to begin a run there, give its options too") from error
-    other = [f"{flag(k)} {getattr(cfg, k)}, not {v}" for k, v in sorted(given.items())
-             if k not in place and getattr(cfg, k) != v and (k, v) != ("amp", "auto")]
-    if other:
-        raise InputError(f"--resume: the run in '{out}' has {'; '.join(other)}: its options stay as they are")
-    path = out / "checkpoint.pt"
-    return replace(cfg, **{k: given[k] for k in place & given.keys()}), path.exists() and load_checkpoint(path)[2]
+def claim(cfg, out, overwrite):
+    """The directory of a new run: `out`, or the first free one of a name. Only one process can create config.json."""
+    for n in itertools.count(1):
+        place = out or Path(f"runs/{cfg.arch}-{cfg.data_name}-{cfg.method}-seed{cfg.seed}" + f"-{n}" * (n > 1))
+        held = [file for file in RUN_FILES if (place / file).exists()]
+        if held and overwrite:
+            config_of(place)  # InputError if it is not of this program
+            for file in held:
+                (place / file).unlink()
+        elif held and out:
+            raise InputError(f"--out '{out}' already holds {', '.join(held)}: choose another, --resume or --overwrite")
+        place.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError), open(place / "config.json", "xb") as file:
+            file.write(json.dumps(vars(cfg), indent=2).encode())
+            return place
 
 
 def run_training(args, given):
-    """Train, print and write all that a run consists of. The name of its directory is left in `args`."""
-    cfg, checkpoint = resumed(args, given) if "resume" in args else (None, None)
-    new, cfg, out = cfg is None, cfg or make_config(given), args.get("out")
-    (device, memory_format), (rank, world_size) = pick_device(cfg), rank_and_world_size()
-    if checkpoint and checkpoint["epoch"] == cfg.epochs and (out / "results.json").exists():
-        return say(f"the run in '{out}' is finished")
+    out = args.get("out")
+    if "resume" in args and not out:
+        raise InputError("--resume needs --out, the directory of the run")
+    new = "resume" not in args or given.keys() - PLACE and not (out / "config.json").exists()
+    cfg, checkpoint, (rank, world_size) = make_config(given) if new else config_of(out), None, rank_and_world_size()
+
+    # a run that goes on keeps its options; there is no checkpoint yet if it ended in its first epoch
+    if not new:
+        other = [f"{flag(k)} {getattr(cfg, k)}, not {v}" for k, v in sorted(given.items())
+                 if k not in PLACE and getattr(cfg, k) != v and (k, v) != ("amp", "auto")]
+        if other:
+            raise InputError(f"--resume: the run in '{out}' has {'; '.join(other)}: its options stay as they are")
+        cfg = replace(cfg, **{k: given[k] for k in PLACE & given.keys()})
+        checkpoint = load_checkpoint(out / "checkpoint.pt")[2] if (out / "checkpoint.pt").exists() else None
+        if checkpoint and checkpoint["epoch"] == cfg.epochs and (out / "results.json").exists():
+            return say(f"the run in '{out}' is finished")
 
     # the images
     start = time.perf_counter()
-    data = cfg.load_data().to(device, memory_format)
-    seconds, cfg.train_size = time.perf_counter() - start, len(data.splits["train"][1])
-    if checkpoint and (checkpoint["classes"] != data.classes or not torch.equal(checkpoint["mean"], data.mean.cpu())):
-        raise InputError(f"--resume: the images are not those that the run in '{out}' was trained on")
+    data = load_images(cfg, checkpoint)
+    cfg.train_size = len(data.splits["train"][1])
     if min(cfg.batch_size, cfg.train_size) < world_size:
         raise InputError(f"--batch-size {cfg.batch_size} must be at least {world_size}, an image for each process")
 
-    # the network, with weights of its own or of another run
+    # the network, with weights of its own or of another run, whose classifiers are of use only for the same classes
     torch.manual_seed(cfg.seed)
     model = build_model(cfg, len(data.classes))
     if cfg.init and not checkpoint:
-        begin_with(model, cfg.init, data.classes)
-    model.to(device, memory_format=memory_format)
+        _, other, content = load_checkpoint(cfg.init)
+        heads = [name for name, part in model.named_modules() if isinstance(part, nn.Linear)]
+        own = {name: p for name, p in model.named_parameters() if name.rpartition(".")[0] in heads}
+        with blaming(f"--init '{cfg.init}' is of another network", RuntimeError):
+            model.load_state_dict({**other.state_dict(), **(own if content["classes"] != data.classes else {})})
+    model.to(data.mean.device, memory_format=data.memory_format)
 
-    # a directory that no other run has: --out, or the first free one of that name
-    name = f"runs/{cfg.arch}-{cfg.data_name}-{cfg.method}-seed{cfg.seed}"
-    for n in itertools.count(1) if new and not rank else ():
-        try:
-            args["out"] = claim(out or Path(name + f"-{n}" * (n > 1)), cfg, "overwrite" in args)
-            break
-        except FileExistsError:
-            if out:
-                raise
+    # a directory that no other run has
+    if new and not rank:
+        args["out"] = claim(cfg, out, "overwrite" in args)
     out = args.get("out", Path())
 
     # what is going to happen
     say(f"{cfg.arch}, {len(model.names())} sub-models, {sum(p.numel() for p in model.parameters()):,} parameters\n"
         f"{cfg.data_name}: {cfg.train_size:,} training and {len(data.splits['test'][1]):,} test images of "
-        f"{len(data.classes)} classes, loaded in {seconds:.1f} s")
-    say(", ".join(f"{f.name} {getattr(cfg, f.name)}" for f in dataclasses.fields(cfg) if cfg.has_effect(f)))
-    say(f"writing to {out}")
+        f"{len(data.classes)} classes, loaded in {time.perf_counter() - start:.1f} s")
+    say(", ".join(f"{f.name} {getattr(cfg, f.name)}" for f in fields(cfg) if cfg.has_effect(f)) + f"\nwriting to {out}")
     accuracies = train(cfg, model, data, out, checkpoint)
     finish(cfg, model, data, accuracies, out, seconds=round(time.perf_counter() - start, 1), processes=world_size)
 
 
 def finish(cfg, model, data, accuracies, out=None, **more):
-    """Print what came out, and write it into the directory `out` if given: results.json, and with validation images
-    budget.json of a network with exits."""
-    costs = model.sub_models(cfg.image_size)
-    sub_models = [{**vars(cost), **accuracy} for cost, accuracy in zip(costs, accuracies)]
+    """Print what came out, and write it into `out` if given: results.json, budget.json of exits with validation."""
+    subs = [{**vars(sub), **accuracy} for sub, accuracy in zip(model.sub_models(cfg.image_size), accuracies)]
     print_table(("sub-model", "MMACs", "params", "top-1 %", "top-5 %", "loss"), *(
-        (s["name"], f"{s['macs'] / 1e6:.2f}", f"{s['params']:,}", f"{s['top1']:.2f}", f"{s['top5']:.2f}",
-         f"{s['loss']:.4f}") for s in sub_models))
+        (s["name"], s["macs"] / 1e6, s["params"], s["top1"], s["top5"], f"{s['loss']:.4f}") for s in subs))
     versions = {"ipkd_ta": __version__, "sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12],
                 "python": sys.version.split()[0], "torch": str(torch.__version__)}
-    results = {"config": vars(cfg), "dataset": cfg.data_name, "sub_models": sub_models, "versions": versions, **more}
+    results = {"config": vars(cfg), "dataset": cfg.data_name, "sub_models": subs, "versions": versions, **more}
     if "val" in data.splits:
         results["validation"] = evaluate(model, data, "val")
         if NETWORKS[cfg.arch].exits and not rank_and_world_size()[0]:
             budgets = budgeted(model, data, cfg.image_size)
             say(f"\nearly exit, thresholds from {cfg.val_size:,} validation images:")
             print_table(("budget", "MMACs", "top-1 %", "thresholds"), *(
-                (f"q = {b['q']:.1f}", f"{b['macs'] / 1e6:.2f}", f"{b['top1']:.2f}",
-                 " ".join(f"{t:.3f}" for t in b["thresholds"])) for b in budgets))
+                (f"q = {b['q']:.1f}", b["macs"] / 1e6, b["top1"], " ".join(f"{t:.3f}" for t in b["thresholds"]))
+                for b in budgets))
             if out:
                 write_file(out / "budget.json", json.dumps({"budgets": budgets}, indent=2).encode())
     if out:
         write_file(out / "results.json", json.dumps(results, indent=2).encode())
 
 
-def load_same_data(cfg, checkpoint, splits):
-    """The Data of a checkpoint's run, normalised as there; InputError when --data-dir holds other classes."""
-    data = cfg.load_data(splits)
-    if data.classes != checkpoint["classes"]:
-        raise InputError(f"the classes of '{cfg.data_dir}' are not those that the checkpoint was trained on")
-    return replace(data, mean=checkpoint["mean"], std=checkpoint["std"])
-
-
 def run_evaluation(args, given):
     """The table of a checkpoint, of a universal slimmable network at any --widths. Reads only the images it uses."""
     cfg, model, checkpoint = load_checkpoint(args["eval"])
-    cfg = with_options(replace(cfg, device="auto"), given)
-    device, memory_format = pick_device(cfg)
-    if "widths" in given:
-        try:
-            model.widths, _ = cfg.widths, [model.layers(width) for width in cfg.widths]
-        except ValueError as error:
-            raise InputError(f"--widths: {one_line(error)}") from error
-    data = load_same_data(cfg, checkpoint, ("train", "test") if "widths" in given or cfg.val_size else ("test",))
-    data, model = data.to(device, memory_format), model.to(device, memory_format=memory_format)
-    if "widths" in given:
-        model.calibrate(calibration_batches(data))
+    cfg, other_widths = make_config(given, replace(cfg, device="auto")), "widths" in given
+    data = load_images(cfg, checkpoint, ("train", "test") if other_widths or cfg.val_size else ("test",))
+    model.to(data.mean.device, memory_format=data.memory_format)
+    if other_widths:
+        model.widths = cfg.widths
+        with blaming("--widths", ValueError):
+            model.calibrate(calibration_batches(data))
     say(f"evaluating {len(data.splits['test'][1]):,} test images of {cfg.data_name}")
     finish(cfg, model, data, evaluate(model, data))
 
 
 class Exported(nn.Sequential):
-    """One sub-model, whose argument has the name that it has in an exported program."""
-
-    def forward(self, images):
+    def forward(self, images):  # an exported program takes over the argument's name
         return super().forward(images)
 
 
 def run_export(args, given):
-    """Write one sub-model of a checkpoint as a program that needs this file no more: of torch.export, or ONNX when the
-    name ends with .onnx."""
+    """Write one sub-model of a checkpoint as a program of torch.export, or ONNX when the name ends with .onnx."""
     if "eval" not in args:
-        raise InputError("--export needs --eval, the checkpoint.pt that holds the sub-model")
+        raise InputError("--export needs --eval, a checkpoint.pt")
     path, (cfg, model, checkpoint) = args["export"], load_checkpoint(args["eval"])
-    if path.exists() and ("overwrite" not in args or path.is_dir() or path.samefile(args["eval"])):
-        raise InputError(f"--export: '{path}' exists: choose another name, or --overwrite for a file of an export")
-    names = model.names()
-    name = args.get("sub_model", names[-1])
-    try:
+    if path.exists() and ("overwrite" not in args or path.samefile(args["eval"])):
+        raise InputError(f"--export: '{path}' exists: choose another name, or --overwrite an export")
+    names, name = model.names(), args.get("sub_model", model.names()[-1])
+    with blaming(f"--sub-model {name}: there are {', '.join(names)}", ValueError):
         which = names.index(name) + 1 if name in names else float(name.removeprefix("width-"))
-        if name not in names and not NETWORKS[cfg.arch].exits and model.layers(which):      # another width of its range
-            model.calibrate(calibration_batches(load_same_data(replace(cfg, **given), checkpoint, ("train",))), [which])
+        if name not in names and not NETWORKS[cfg.arch].exits and model.layers(which):  # another width of its range
+            data = load_images(replace(cfg, device="cpu", **given), checkpoint, ("train",))
+            model.calibrate(calibration_batches(data), [which])
         program = Exported(extract(model, which)).eval().to(memory_format=torch.contiguous_format)
-    except ValueError as error:
-        raise InputError(f"--sub-model {name}: there are {', '.join(names)} ({one_line(error)})") from error
     if "fold_bn" in args:
         fold_bn(program)
     about = {"sub_model": name, "classes": checkpoint["classes"], "mean": checkpoint["mean"].tolist(),
@@ -1510,74 +1357,65 @@ def run_export(args, given):
     example, batch = torch.randn(2, 3, cfg.image_size, cfg.image_size), {"images": {0: torch.export.Dim("batch")}}
     exported, content = torch.export.export(program, (example,), strict=False, dynamic_shapes=batch), io.BytesIO()
     if path.suffix.lower() == ".onnx":
-        try:
-            exported = torch.onnx.export(exported, dynamo=True, verbose=False, input_names=["images"],
-                                         output_names=["logits"], dynamic_shapes={"images": {0: "batch"}})
-        except ImportError as error:
-            raise InputError(f"--export to ONNX needs the packages onnx and onnxscript ({one_line(error)})") from error
+        exported = torch.onnx.export(exported, dynamo=True, verbose=False, input_names=["images"],
+                                     output_names=["logits"], dynamic_shapes={"images": {0: "batch"}})
         exported.model.metadata_props.update({key: json.dumps(value) for key, value in about.items()})
         content.write(exported.model_proto.SerializeToString())
     else:
         torch.export.save(exported, content, extra_files={"about.json": json.dumps(about)})
     write_file(path, content.getvalue())
-    params = sum(p.numel() for p in program.parameters())
-    say(f"{name}: {params:,} parameters, {path.stat().st_size:,} bytes in {path}\n{about}")
+    say(f"{name}: {path.stat().st_size:,} bytes in {path}\n{about}")
 
 
-OPTIONS = {f.name for f in dataclasses.fields(Config)}
-MODES = {       # what does the work, and the options that it takes; the mode is the first of these that is given
+OPTIONS = {f.name: f.type for f in fields(Config)}
+ACTIONS = {  # the options that are none of Config's: type and help
+    "out": (Path, "directory of the run (default: runs/ARCH-DATASET-METHOD-seedN)"),
+    "overwrite": (bool, "replace the run in --out, or the file of --export"),
+    "resume": (bool, "go on with the run in --out, or begin it where there is none"),
+    "eval": (Path, "the table of this checkpoint.pt, instead of training"),
+    "export": (Path, "with --eval: write a sub-model as a program of torch.export, or ONNX (.onnx)"),
+    "sub_model": (str, "with --export: exit-3, width-0.5, ... (default: the largest)"),
+    "fold_bn": (bool, "with --export: merge BatchNorm into the convolutions"),
+    "benchmark": (bool, "time every sub-model, with --eval of that run, and training, on random images"),
+    "report": (list, "print all results below these directories as Markdown"),
+    "plot": (Path, "with --report: draw accuracy against MACs, by matplotlib")}
+MODES = {  # what does the work, and the options that it takes; the mode is the first of these that is given
     "report": (report, {"plot"}),
     "export": (run_export, {"eval", "sub_model", "fold_bn", "data_dir", "overwrite"}),
-    "benchmark": (benchmark, OPTIONS - {"dataset", "data_dir", "train_size", "val_size", "epochs", "eval_every", "init"}
-                  | {"eval"}),
+    "benchmark": (benchmark, {"eval", *OPTIONS} - {"dataset", "data_dir", "train_size", "val_size", "epochs",
+                                                   "eval_every", "init"}),
     "eval": (run_evaluation, {"data_dir", "device", "widths", "val_size"}),
-    "resume": (run_training, OPTIONS | {"out"}),
-    "train": (run_training, OPTIONS | {"out", "overwrite"}),
-}
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):                            # one line instead of the usage
-        raise InputError(f"{message} (see --help)")
+    "resume": (run_training, {"out", *OPTIONS}),
+    "train": (run_training, {"out", "overwrite", *OPTIONS})}
 
 
 def parse(argv):
     """The mode, what was given on the command line, and the part of it that is Config's."""
-    parser = Parser(prog="ipkd_ta.py", allow_abbrev=False, argument_default=argparse.SUPPRESS, description=(
-        "Train a flexible network by inplace knowledge distillation with teacher assistant, and report the cost and "
-        "accuracy of each of its sub-models."))
-    for f in dataclasses.fields(Config):
-        own = [f"{arch}{on} {preset[f.name]}" for arch, network in NETWORKS.items()
-               for on, preset in (("", network.defaults), (" on shapes", network.shapes)) if f.name in preset]
-        kwargs = {"action": "store_true"} if f.type is bool else {"nargs": "+", "type": float} if f.type is tuple else {
-            "choices": f.metadata["choices"], "type": f.type, "metavar": None if f.metadata["choices"] else "X"}
-        default = "; ".join([str(f.default) or "none", *own])
-        parser.add_argument(flag(f.name), help=f"{f.metadata['help']} (default: {default})", **kwargs)
-    path, switch = {"type": lambda text: Path(text).expanduser(), "metavar": "FILE"}, {"action": "store_true"}
-    for name, kwargs, text in (
-            ("--out", path, "directory of the run (default: runs/ARCH-DATASET-METHOD-seedN)"),
-            ("--overwrite", switch, "replace the run in --out, or the file of --export"),
-            ("--resume", switch, "go on with the run in --out, or begin it where there is none"),
-            ("--eval", path, "the table of this checkpoint.pt, instead of training"),
-            ("--export", path, "with --eval: write a sub-model as a program of torch.export, or ONNX (.onnx)"),
-            ("--sub-model", {"metavar": "NAME"}, "with --export: exit-3, width-0.5, ... (default: the largest)"),
-            ("--fold-bn", switch, "with --export: merge BatchNorm into the convolutions"),
-            ("--benchmark", switch, "time every sub-model, with --eval of that run, and training, on random images"),
-            ("--report", {**path, "nargs": "+"}, "print all results below these directories as Markdown"),
-            ("--plot", path, "with --report: draw accuracy against MACs, by matplotlib")):
-        parser.add_argument(name, help=text, **kwargs)
-    args = vars(parser.parse_args(argv))
+
+    def error(message):  # one line instead of the usage
+        raise InputError(f"{message} (see --help)")
+
+    parser = argparse.ArgumentParser("ipkd_ta.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
+                                     description=__doc__.splitlines()[0])
+    parser.error = error
+    kinds = {bool: {"action": "store_true"}, tuple: {"nargs": "+", "type": float}, list: {"nargs": "+", "type": Path}}
+    for f in fields(Config):
+        own = [f"{arch} {network.defaults[f.name]}" for arch, network in NETWORKS.items() if f.name in network.defaults]
+        text = f"{f.metadata['help']} (default: {'; '.join([str(f.default) or 'none', *own])})"
+        choices = f.metadata["choices"]
+        parser.add_argument(flag(f.name), help=text, **kinds.get(f.type, {
+            "type": f.type, "choices": choices, "metavar": None if choices else "X"}))
+    for name, (kind, text) in ACTIONS.items():
+        parser.add_argument(flag(name), help=text, **kinds.get(kind, {"type": kind, "metavar": "NAME"}))
+    args = {k: v.expanduser() if isinstance(v, Path) else v for k, v in vars(parser.parse_args(argv)).items()}
     mode = next((mode for mode in MODES if mode in args), "train")
     for name in sorted(args.keys() - MODES[mode][1] - {mode}):
-        fits = ", ".join(flag(other) for other in MODES if name in MODES[other][1])
-        where = "in training" if mode == "train" else f"with --{mode}"
-        raise InputError(f"{flag(name)} has no effect {where}: it belongs to {fits}")
-    return mode, args, {k: tuple(v) if isinstance(v, list) else v for k, v in args.items() if k in OPTIONS}
+        raise InputError(f"{flag(name)} has no effect {'in training' if mode == 'train' else f'with --{mode}'}")
+    return mode, args, {k: OPTIONS[k](v) for k, v in args.items() if k in OPTIONS}
 
 
 def main(argv=None):
-    """Run the command line. Returns the exit status: 0 = finished; 2 = bad options or input or too little memory, with
-    one line that says so; 130 = stopped by Ctrl-C."""
+    """Returns the exit status: 0 = finished; 2 = bad input or too little memory; 130 = stopped by Ctrl-C."""
     args = {}
     try:
         mode, args, given = parse(argv)
@@ -1600,15 +1438,14 @@ def main(argv=None):
         if dist.is_initialized():
             dist.destroy_process_group()
 
-    # one line for what the user can mend; a fault of the program keeps its traceback
-    except (InputError, OSError) as error:       # OSError: a file or directory that cannot be reached
-        say(f"ipkd_ta.py: error: {one_line(error)}", "stderr")
-        return 2
-    except (RuntimeError, MemoryError) as error:
+    # one line for what the user can mend: input, a file, a package, memory; a fault of the program keeps its traceback
+    except (InputError, OSError, ImportError, MemoryError, RuntimeError) as error:
         words = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc", "ALLOC_FAILED")
-        if not isinstance(error, MemoryError) and not any(word in str(error) for word in words):
+        memory = isinstance(error, MemoryError) or any(word in str(error) for word in words)
+        if isinstance(error, RuntimeError) and not memory:
             raise
-        say(f"ipkd_ta.py: error: not enough memory, lower --batch-size or --train-size ({one_line(error)})", "stderr")
+        advice = "not enough memory, lower --batch-size or --train-size: " if memory else ""
+        say(f"ipkd_ta.py: error: {advice}{one_line(error)}", "stderr")
         return 2
     except KeyboardInterrupt:
         say(f"stopped{'; go on with --resume --out ' + str(args['out']) if 'out' in args else ''}", "stderr")
