@@ -49,7 +49,7 @@ METHODS = ("ce", "ipkd", "ipkd-ta")
 TINY = {"msdnet": {"arch": "msdnet", "exits": 3, "base": 1, "step": 1, "step_mode": "even", "channels": 4, "growth": 2},
         "universal": {"arch": "slimmable", "widths": (0.05, 0.1, 0.15)},
         "switchable": {"arch": "slimmable", "widths": (0.05, 0.1, 0.15), "bn": "switchable"}}
-QUICK = {"epochs": 1, "train_size": 40, "batch_size": 16, "lr": 0.1}             # two steps an epoch
+QUICK = {"epochs": 1, "train_size": 40, "batch_size": 16, "lr": 0.1, "eval_every": 1}       # two steps an epoch
 DRAWN = [0.15, 0.12, 0.08, 0.05]
 NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
 HALF = torch.full((3,), 0.5)
