@@ -84,7 +84,7 @@ def ipkd_ta_loss(logits, target, method="ipkd-ta", kd_weight=0.5, temperature=1.
     logits = [z.to(torch.promote_types(z.dtype, torch.float32)) for z in logits]
     log_p = [F.log_softmax(z / temperature, dim=1) for z in logits]
     loss = F.cross_entropy(logits[-1], target)
-    kd_weight = 0 if method == "ce" else kd_weight
+    kd_weight = 0 if method == "ce" else kd_weight  # then no teacher has a say
     for k, student in enumerate(logits[:-1]):
         teacher = log_p[-1] if method == "ipkd" else log_p[k + 1]
         ce = F.cross_entropy(student, target)
@@ -341,8 +341,10 @@ class MSDExit(nn.Module):
 
 
 class MSDTracer(fx.Tracer):
+    """Records what an exit computes, convolution by convolution, each with its BatchNorm and ReLU."""
+
     def is_leaf_module(self, module, name):
-        return isinstance(module, Conv2dNormActivation) or super().is_leaf_module(module, name)  # stays whole
+        return isinstance(module, Conv2dNormActivation) or super().is_leaf_module(module, name)
 
 
 class MSDNet(nn.Module):
@@ -819,6 +821,7 @@ def make_config(given, cfg=None):
 
 
 def build_model(cfg, num_classes):
+    """The network that the options describe; InputError when they do not fit each other."""
     cls = NETWORKS[cfg.arch].cls
     own = [name for name in inspect.signature(cls).parameters if name != "num_classes"]
     with blaming(f"--arch {cfg.arch} with other options", ValueError, OverflowError):
@@ -1245,6 +1248,7 @@ def claim(cfg, out, overwrite):
 
 
 def run_training(args, given):
+    """Train, print and write all that a run consists of. The name of its directory is left in `args`."""
     out = args.get("out")
     if "resume" in args and not out:
         raise InputError("--resume needs --out, the directory of the run")
@@ -1331,7 +1335,9 @@ def run_evaluation(args, given):
 
 
 class Exported(nn.Sequential):
-    def forward(self, images):  # an exported program takes over the argument's name
+    """A sub-model whose argument has the name that it has in an exported program: (N, 3, H, W) -> logits (N, C)."""
+
+    def forward(self, images):
         return super().forward(images)
 
 
