@@ -10,9 +10,8 @@ MobileNet-V1. All are trained at once, and each sub-model teaches the next small
     python ipkd_ta.py --arch msdnet --dataset cifar100     # one of the benchmarks
 
 Measured (two cores of an AMD EPYC, PyTorch 2.14): the demonstration takes 18 s and reaches 90.3 % at the first exit and
-98.0 % at the last. README.md and .github/MEASUREMENTS.md have the rest.
-
-To reuse the loss or a network, copy its part of the file: it needs only the imports.
+98.0 % at the last. README.md and .github/MEASUREMENTS.md have the rest. To reuse the loss or a network, copy its part
+of the file: it needs only the imports.
 """
 import argparse
 import copy
@@ -34,6 +33,7 @@ import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from numbers import Integral
 from pathlib import Path
 from statistics import mean, median, stdev
@@ -52,10 +52,7 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 __version__ = "2.0"
 
-# ====================================================================================================================
-# The loss: the algorithm in one screen
-# ====================================================================================================================
-
+# ==== The loss: the algorithm in one screen ===================================
 
 def ipkd_ta_loss(logits, target, method="ipkd-ta", kd_weight=0.5, temperature=1.0):
     """Loss of all sub-models of a flexible network, trained together (arXiv:2105.08369).
@@ -102,10 +99,7 @@ def sandwich_widths(n, low, high, generator=None):
     return [float(high), *sorted(drawn.tolist(), reverse=True), float(low)]
 
 
-# ====================================================================================================================
-# Slimmable MobileNet-V1: the sub-models are widths
-# ====================================================================================================================
-
+# ==== Slimmable MobileNet-V1: the sub-models are widths =======================
 
 class SlimmableMobileNetV1(nn.Module):
     """MobileNet-V1 (Howard et al., 2017), in its form for 32x32 images, with the width multiplier as an argument of
@@ -115,13 +109,12 @@ class SlimmableMobileNetV1(nn.Module):
     num_classes: C, the number of logits at every width.
     widths: the sub-models, as width multipliers ascending in (0, 1]. Weights are as wide as the last one needs.
     bn: "universal" (Yu & Huang, ICCV 2019): all widths share gamma and beta; any width in [widths[0], widths[-1]] may
-        be asked for, in eval mode after `calibrate` has measured its BatchNorm statistics.
+        be asked for, in eval mode after `calibrate`.
         "switchable" (Yu et al., ICLR 2019): a private BatchNorm for each of `widths`, and no other width.
     """
 
-    STEM = 32
-    BLOCKS = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), (512, 1), (512, 1), (512, 1), (512, 1),
-              (512, 1), (1024, 2), (1024, 1))  # depthwise-separable: (output channels, stride)
+    STEM = 32  # channels of the first layer; BLOCKS are depthwise-separable: (output channels, stride)
+    BLOCKS = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 1)] * 5, (1024, 2), (1024, 1))
 
     def __init__(self, num_classes=100, widths=(0.25, 0.5, 0.75, 1.0), bn="universal"):
         super().__init__()
@@ -197,16 +190,13 @@ class SlimmableMobileNetV1(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, batches, widths=None):
-        """Measure the BatchNorm statistics that eval mode needs anew, as the mean over all images. A universal model
-        forgets them in training. batches: iterable of normalised, augmented training images (N, 3, H, W), some thousand
-        in all, or of tuples that begin with them. widths: which to measure (default: `widths`)."""
+        """Measure the BatchNorm statistics of `widths` for eval mode, as means over all images, after training.
+        batches: iterable of normalised, augmented training images (N, 3, H, W), or of tuples that begin with them."""
         images, seen = torch.cat([batch if torch.is_tensor(batch) else batch[0] for batch in batches]), 0
         widths = [round(float(width), 7) for width in (self.widths if widths is None else widths)]
-        for width, layers in [(width, self.layers(width)) for width in widths]:  # begin anew
+        for width, layers in [(width, self.layers(width)) for width in widths]:
             if self.bn == "universal":
-                self.statistics[width] = [(torch.empty_like(layer[2]), torch.empty_like(layer[2])) for layer in layers]
-            for *_, mean, var in self.layers(width):
-                mean.zero_(), var.zero_()
+                self.statistics[width] = [(torch.zeros_like(layer[2]), torch.zeros_like(layer[2])) for layer in layers]
         for x in images.tensor_split(math.ceil(len(images) / 256)):
             seen += len(x)
             for width in widths:  # the running statistics become the mean over the images seen
@@ -221,16 +211,15 @@ class SlimmableMobileNetV1(nn.Module):
 
     def _apply(self, fn, recurse=True):  # and follow the weights to another device or number format
         super()._apply(fn, recurse)
-        self.statistics = {width: [(fn(mean), fn(var)) for mean, var in layers]
-                           for width, layers in self.statistics.items()}
+        self.statistics = {w: [(fn(mean), fn(var)) for mean, var in layers] for w, layers in self.statistics.items()}
         return self
 
     def names(self):
         return [f"width-{width:g}" for width in self.widths]
 
     def sub_models(self, image_size=32):
-        """Those of `widths`, each with name, macs (multiply-accumulates of convolutions and classifier for one image of
-        image_size x image_size) and params (with BatchNorm's gamma and beta)."""
+        """Those of `widths`, each with name, macs (multiply-accumulates for one square image) and params (with
+        BatchNorm's gamma and beta)."""
         subs = []
         for name, width in zip(self.names(), self.widths):
             macs, params, size = 0, 0, image_size
@@ -243,8 +232,8 @@ class SlimmableMobileNetV1(nn.Module):
         return subs
 
     def training_passes(self, x, draw_widths):
-        """The forward passes of one training step, largest sub-model first, each as a list of logits: of all `widths`
-        if switchable, of draw_widths(low, high) if universal."""
+        """The forward passes of one training step, largest sub-model first, as lists of logits: of all `widths` if
+        switchable, of draw_widths(low, high) if universal."""
         sampled = self.bn == "universal" and len(self.trained) > 1
         for width in draw_widths(self.trained[0], self.trained[-1]) if sampled else reversed(self.trained):
             yield [self(x, width)]
@@ -255,13 +244,12 @@ class SlimmableMobileNetV1(nn.Module):
 
     def extract(self, which):  # see the function `extract`; an int or a float
         width, modules, c_in = self.widths[which - 1] if isinstance(which, int) else which, [], 3
-        for conv, *tensors in self.layers(width, measured=True):
-            weight, gamma, beta, mean, var = (t.detach().clone() for t in tensors)
+        for conv, weight, *norm in self.layers(width, measured=True):
             with torch.device("meta"):  # no weights are drawn: these are put in
                 module = Conv2dNormActivation(c_in, len(weight), conv.kernel_size, conv.stride,
                                               groups=len(weight) if conv.groups > 1 else 1, activation_layer=nn.ReLU6)
-            module.load_state_dict({"0.weight": weight, "1.weight": gamma, "1.bias": beta, "1.running_mean": mean,
-                                    "1.running_var": var, "1.num_batches_tracked": torch.tensor(0)}, assign=True)
+            state = zip(module.state_dict(), (weight, *norm, torch.tensor(0)))  # the last: num_batches_tracked
+            module.load_state_dict({name: t.detach().clone() for name, t in state}, assign=True)
             modules.append(module)
             c_in = len(weight)
         classifier = copy.deepcopy(self.classifier)
@@ -270,10 +258,7 @@ class SlimmableMobileNetV1(nn.Module):
         return whole.to(memory_format=torch.channels_last)
 
 
-# ====================================================================================================================
-# MSDNet: the sub-models are exits
-# ====================================================================================================================
-
+# ==== MSDNet: the sub-models are exits ========================================
 
 class MSDStem(nn.Module):
     """Image (N, 3, H, W) -> one map per scale, finest first, each but the first from the one before at stride 2."""
@@ -285,11 +270,7 @@ class MSDStem(nn.Module):
                                    for s, (c_in, c_out) in enumerate(zip(counts, counts[1:])))
 
     def forward(self, x):
-        maps = []
-        for conv in self.convs:
-            x = conv(x)
-            maps.append(x)
-        return maps
+        return [x := conv(x) for conv in self.convs]
 
 
 class MSDLayer(nn.Module):
@@ -302,13 +283,11 @@ class MSDLayer(nn.Module):
         for s in range(self.first, len(factors)):
             sources = factors[max(s - 1, 0): s + 1]
             c_out = growth * factors[s] // len(sources)
-            self.paths.append(nn.ModuleList(
-                self.path(channels * f, c_out, f, stride=1 if f == factors[s] else 2) for f in sources))
-
-    @staticmethod
-    def path(c_in, c_out, bottleneck, stride):
-        mid = min(c_in, bottleneck * c_out)
-        return nn.Sequential(Conv2dNormActivation(c_in, mid, 1), Conv2dNormActivation(mid, c_out, 3, stride))
+            self.paths.append(nn.ModuleList())
+            for f in sources:  # a bottleneck, and a convolution to the size of scale s
+                mid, stride = min(channels, c_out) * f, 1 if f == factors[s] else 2
+                self.paths[-1].append(nn.Sequential(
+                    Conv2dNormActivation(channels * f, mid, 1), Conv2dNormActivation(mid, c_out, 3, stride)))
 
     def forward(self, maps):
         out = []
@@ -340,13 +319,6 @@ class MSDExit(nn.Module):
         return self.head(self.blocks(x)[-1])
 
 
-class MSDTracer(fx.Tracer):
-    """Records what an exit computes, convolution by convolution, each with its BatchNorm and ReLU."""
-
-    def is_leaf_module(self, module, name):
-        return isinstance(module, Conv2dNormActivation) or super().is_leaf_module(module, name)
-
-
 class MSDNet(nn.Module):
     """Multi-scale dense network with early exits (Huang et al., ICLR 2018), in its form for 32x32 images.
 
@@ -358,8 +330,8 @@ class MSDNet(nn.Module):
     exits: K, the number of blocks and of classifiers. base: layers in the first block.
     step, step_mode: layers in each later block: `step` ("even") or step * i + 1 in block i + 1 ("lin_grow").
     channels, growth: at the finest scale, channels of the first layer and those that every layer adds.
-    gradient_equilibrium: block k receives the mean over the exits from k on of the gradients that each of them sends,
-        not the sum (Li et al., ICCV 2019): its size does not grow with their number.
+    gradient_equilibrium: block k receives the mean, not the sum, of the gradients that the exits from k on send (Li et
+        al., ICCV 2019).
     """
 
     FACTORS = (1, 2, 4)  # channels of a scale relative to the finest; also how far its bottlenecks are wider
@@ -378,7 +350,7 @@ class MSDNet(nn.Module):
         depths = [base] + [step if step_mode == "even" else step * i + 1 for i in range(1, exits)]
         interval = math.ceil(sum(depths) / len(self.FACTORS))  # layers between two scale reductions
         factors, self.blocks, self.heads = self.FACTORS, nn.ModuleList(), nn.ModuleList()
-        for k, depth in enumerate(depths):
+        for k in range(exits):
             block = [MSDStem(n, factors)] if k == 0 else []
             for layer in range(sum(depths[:k]), sum(depths[:k + 1])):
                 n_out = len(self.FACTORS) - layer // interval
@@ -434,18 +406,14 @@ class MSDNet(nn.Module):
     def extract(self, k):  # see the function `extract`
         if not isinstance(k, int):
             raise ValueError(f"an exit of MSDNet must be a whole number, got {k}")
-        exit = MSDExit(self.blocks[:k], self.heads[k - 1])
-        exit = fx.GraphModule(exit, MSDTracer().trace(exit))
+        exit = fx.symbolic_trace(MSDExit(self.blocks[:k], self.heads[k - 1]))
         exit.graph.eliminate_dead_code()  # lazy evaluation: not the finer scales that nothing reads any more
         exit.delete_all_unused_submodules()
         exit.recompile()
         return copy.deepcopy(exit).eval()
 
 
-# ====================================================================================================================
-# Sub-models in use: extraction, early exit
-# ====================================================================================================================
-
+# ==== Sub-models in use: extraction, early exit ===============================
 
 def extract(model, which):
     """A sub-model as an nn.Module in eval mode with its own copy of the weights: (N, 3, H, W) -> logits (N, C). An exit
@@ -459,22 +427,21 @@ def extract(model, which):
 
 
 def fold_bn(model):
-    """Merge every BatchNorm of an extracted sub-model, or of a whole MSDNet, into the convolution before it, in place;
-    returns the model. ValueError in training mode, and where there is none: in a slimmable network or a folded one."""
-    layers = [m for m in model.modules() if isinstance(m, Conv2dNormActivation) and isinstance(m[1], nn.BatchNorm2d)]
-    if model.training or not layers:
-        raise ValueError(f"need BatchNorms and eval mode: found {len(layers)}, training {model.training}")
-    for module in layers:
-        module[0], module[1] = fuse_conv_bn_eval(module[0], module[1]), nn.Identity()
+    """Merge each BatchNorm of an extracted sub-model, or of an MSDNet, into the convolution before it, in place.
+    Returns the model. ValueError in training mode and where there is none, as in a folded or a slimmable network."""
+    pairs = [m._modules for m in model.modules() if [*map(type, m.children())][:2] == [nn.Conv2d, nn.BatchNorm2d]]
+    if model.training or not pairs:
+        raise ValueError(f"need BatchNorms and eval mode: found {len(pairs)}, training {model.training}")
+    for parts in pairs:
+        parts["0"], parts["1"] = fuse_conv_bn_eval(parts["0"], parts["1"]), nn.Identity()
     return model
 
 
 @torch.no_grad()
 def early_exit(model, images, thresholds):
-    """Classify images by an MSDNet, each by the first exit that is sure enough: only the others enter the next block
-    (Huang et al., ICLR 2018, section 4.2).
-    model: MSDNet in eval mode. images: floating-point (N, 3, H, W), normalised. thresholds: K numbers; an image leaves
-    at the first exit whose largest softmax output is at least its threshold, and at the last in any case.
+    """Classify images by an MSDNet, each at the first exit whose largest softmax output reaches its threshold, at the
+    latest at the last exit; only the others enter the next block (Huang et al., ICLR 2018, section 4.2).
+    model: MSDNet in eval mode. images: floating-point (N, 3, H, W), normalised. thresholds: K numbers.
     Returns predictions (N,) int64, and exits (N,) int64: the exit that each image took, 1 ... K."""
     thresholds = [float(t) for t in thresholds]
     if model.training or len(thresholds) != len(model.heads) or any(map(math.isnan, thresholds)):
@@ -508,14 +475,11 @@ def exit_thresholds(confidence, shares):
     return [*thresholds, 0.0]
 
 
-# ====================================================================================================================
-# Data: every split is a pair of tensors on the training device
-# ====================================================================================================================
+# ==== Data: every split is a pair of tensors on the training device ===========
 
 CIFAR_STATISTICS = {"cifar10": ((0.4914, 0.4824, 0.4467), (0.2471, 0.2435, 0.2616)),
                     "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))}  # mean, std of R, G, B
-LITTER = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "@eadir", "__macosx", "#recycle", "$recycle.bin",
-          "lost+found", "system volume information"}  # of file managers; hidden files are skipped too
+LITTER = {"thumbs.db", "desktop.ini", "icon\r", "@eadir", "__macosx", "#recycle", "$recycle.bin", "ehthumbs.db"}
 SHAPES = {  # number of lobes, direction of the first one in degrees
     "disc": (0, 0), "lying egg": (2, 0), "standing egg": (2, 90), "trefoil": (3, -90), "hanging trefoil": (3, 90),
     "plus": (4, 0), "cross": (4, 45), "star": (5, -90), "hanging star": (5, 90), "flower": (8, 0)}
@@ -542,7 +506,7 @@ def one_line(error):
 
 @contextmanager
 def blaming(what, *kinds):
-    """Turn errors of these kinds into an InputError that names what the user gave."""
+    """Turn errors of these kinds into an InputError that says what was given."""
     try:
         yield
     except kinds as error:
@@ -551,8 +515,8 @@ def blaming(what, *kinds):
 
 @dataclass
 class Data:
-    """Splits "train", "test" and "val" (held out from training), as far as they were asked for, each as images
-    (N, 3, H, W) uint8 and labels (N,) int64; mean and std (3,) of pixels scaled to [0, 1]."""
+    """Splits "train", "test" and "val" (held out from training), those that were asked for, as images (N, 3, H, W)
+    uint8 and labels (N,) int64; mean and std (3,) of pixels scaled to [0, 1]."""
     splits: dict
     classes: list
     mean: torch.Tensor = None
@@ -585,8 +549,7 @@ def load_data(dataset, data_dir="data", train_size=0, val_size=0, splits=("train
     same for every seed; mean and std come with them. InputError when files are missing, unreadable or too few."""
     root = Path(data_dir).expanduser()
     if dataset == "shapes":
-        train, test = draw_shapes((train_size or 1500) + val_size, seed=0), draw_shapes(1000, seed=1)
-        data = Data({"train": train, "test": test}, list(SHAPES))
+        data = Data({"train": draw_shapes((train_size or 1500) + val_size, 0), "test": draw_shapes(1000, 1)}, [*SHAPES])
     else:
         data = load_folder(root, splits, image_size) if dataset == "folder" else load_cifar(dataset, root, splits)
     if "train" not in splits:
@@ -620,13 +583,12 @@ def load_cifar(name, root, splits):
         with blaming(f"{name}: '{archive}' {state}, downloading or unpacking failed: put it there from "
                      "https://www.cs.toronto.edu/~kriz/cifar.html", OSError, RuntimeError):
             root.mkdir(parents=True, exist_ok=True)
-            place = root if os.access(root, os.W_OK) else None
-            with tempfile.TemporaryDirectory(dir=place) as own:
+            with tempfile.TemporaryDirectory(dir=root) as own:
                 if sound:
                     Path(own, cls.filename).symlink_to(archive.resolve())
                 sets = [cls(own, train=split == "train", download=True) for split in splits]
-                with suppress(OSError):  # keep it for the next time, unless another process was first
-                    os.replace(Path(own, cls.base_folder), (place or Path(own)) / cls.base_folder)
+                with suppress(OSError):  # another process was first
+                    os.replace(Path(own, cls.base_folder), root / cls.base_folder)
     return Data({split: (torch.from_numpy(s.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(s.targets))
                  for split, s in zip(splits, sets)}, sets[0].classes)
 
@@ -651,12 +613,12 @@ def load_folder(root, splits, size):
                  for split, part in zip(splits, images.split([len(files[split]) for split in splits]))}, classes)
 
 
-def visible(folder):
+def visible(folder):  # without what file managers leave
     return sorted(path for path in folder.iterdir() if path.name[0] != "." and path.name.lower() not in LITTER)
 
 
 def read_images(paths, size):
-    """(N, 3, size, size) uint8, read by all cores; InputError that names the files which are no images."""
+    """(N, 3, size, size) uint8, read by all cores; InputError names the files that are no images."""
     pixels, bad, said = torch.empty(len(paths), 3, size, size, dtype=torch.uint8), [], time.perf_counter()
 
     def read(i):
@@ -679,21 +641,17 @@ def read_images(paths, size):
 
 
 def read_image(path, size=32):
-    """The (first) image of a file as a viewer shows it on white: the centre, resized to Pillow's RGB of size x size."""
+    """The (first) image of a file as a viewer shows it on white, its centre as an RGB image of size x size."""
     if not path.is_file():  # a folder, a pipe, a link to nowhere or to itself
         raise ValueError("not a file")
     with Image.open(path) as image:
         image.draft(None, (2 * size, 2 * size))  # of a large JPEG only what is needed is decoded
-        clear, raw = image.info.get("transparency"), image.tile[0][3] if image.format == "PNG" else None
-        if clear is not None and raw in ("L;2", "L;4"):  # Pillow widens the levels, not the transparent one
-            image.info["transparency"] = clear * {"L;2": 85, "L;4": 17}[raw]
-        elif clear is not None and raw == "RGB;16B":
-            raise ValueError("which of its 16-bit colours is transparent cannot be told")
+        clear = image.info.get("transparency")
+        if clear is not None and image.format == "PNG" and image.tile[0][3] in ("L;2", "L;4", "I;16B", "RGB;16B"):
+            raise ValueError("which of its colours is transparent cannot be told")
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16"):  # Pillow would clip at 255
-            levels = pil_to_tensor(image.convert("I"))
-            gray = (levels / 257).round().to(torch.uint8)
-            image = to_pil_image(gray if clear is None else gray.masked_fill(levels == clear, 255))
+            image = to_pil_image((pil_to_tensor(image.convert("I")) / 257).round().to(torch.uint8))
         elif image.mode[0] in "IF":
             raise ValueError(f"the range of pixels of mode {image.mode} is unknown")
         if image.has_transparency_data:
@@ -703,7 +661,7 @@ def read_image(path, size=32):
 
 
 def draw_shapes(n, seed, contrast=0.5, noise=0.2, depth=0.27):
-    """n images (n, 3, 32, 32) uint8 of SHAPES of random size, place, tilt and colour on a darker ground, and labels."""
+    """n images (n, 3, 32, 32) uint8 of SHAPES of random size, place, tilt and colour, and their labels."""
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(low, high, *size):
@@ -722,13 +680,9 @@ def draw_shapes(n, seed, contrast=0.5, noise=0.2, depth=0.27):
     return (images.clamp(0, 1) * 255).round().to(torch.uint8), labels
 
 
-# ====================================================================================================================
-# Options: every field of Config is an option of the command line (kd_weight is --kd-weight)
-# ====================================================================================================================
+# ==== Options: the fields of Config (kd_weight is --kd-weight) ================
 
-
-# A family: its class, its defaults, those on the built-in shapes, the memory format that is fast on a CPU, whether
-# biases, BatchNorm and depthwise weights decay, whether sub-models are exits.
+# a family: class, defaults, those on the shapes, memory format for a CPU, does all decay, are the sub-models exits
 NETWORKS = {
     "msdnet": SimpleNamespace(
         cls=MSDNet, defaults=dict(epochs=300, schedule="multistep"), cpu_format=torch.contiguous_format,
@@ -736,8 +690,8 @@ NETWORKS = {
                     channels=8, growth=4), decay_all=True, exits=True),
     "slimmable": SimpleNamespace(
         cls=SlimmableMobileNetV1, defaults=dict(epochs=200, schedule="cosine", lr=0.4), cpu_format=torch.channels_last,
-        shapes=dict(epochs=12, batch_size=32, lr=0.1, eval_every=4, widths=(0.125, 0.25, 0.375, 0.5)), decay_all=False,
-        exits=False),
+        shapes=dict(epochs=10, batch_size=32, lr=0.1, eval_every=5, sandwich=3, widths=(0.125, 0.25, 0.375, 0.5)),
+        decay_all=False, exits=False),
 }
 DISTILLED, FILES = {"method": ("ipkd", "ipkd-ta")}, {"dataset": ("cifar10", "cifar100", "folder")}
 MSD, SLIM, FOLDER = {"arch": ("msdnet",)}, {"arch": ("slimmable",)}, {"dataset": ("folder",)}
@@ -788,8 +742,7 @@ class Config:
         for f in fields(self):
             value, (low, high), choices = getattr(self, f.name), f.metadata["range"], f.metadata["choices"]
             if (f.type, type(value)) in ((float, int), (tuple, list)):  # as JSON and callers write them
-                value = f.type(value)
-                setattr(self, f.name, value)
+                setattr(self, f.name, value := f.type(value))
             wrong = type(value) is not f.type or choices and value not in choices
             if wrong or low is not None and not low <= value <= high:
                 expected = choices or f.type.__name__ + (f" from {low} to {high}" if low is not None else "")
@@ -828,10 +781,7 @@ def build_model(cfg, num_classes):
         return cls(num_classes, **{name: getattr(cfg, name) for name in own})
 
 
-# ====================================================================================================================
-# Training
-# ====================================================================================================================
-
+# ==== Training ================================================================
 
 def rank_and_world_size():
     """Number of this process, from 0, and of all that torchrun started to train together."""
@@ -839,14 +789,11 @@ def rank_and_world_size():
 
 
 def train_step(model, images, labels, cfg, kd_weight, scaler, generator):
-    """Add the gradients of the loss on one batch to the parameters'; returns the loss. Only one pass's activations are
-    alive at a time: the newest logits meet those of the larger sub-models, which carry no gradient any more, so each
-    backward adds what its own sub-models contribute to L, and the last loss is all of L."""
+    """Add the gradients of the loss on one batch to the parameters'; returns the loss. One pass's activations are alive
+    at a time: its logits meet those of the larger sub-models, which carry no gradient, so that each backward adds the
+    part of its own sub-models, and the last loss is all of L."""
     dtype, larger = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(cfg.amp), []
-
-    def draw_widths(low, high):
-        return sandwich_widths(cfg.sandwich, low, high, generator)
-
+    draw_widths = partial(sandwich_widths, cfg.sandwich, generator=generator)
     with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
         for logits in model.training_passes(images, draw_widths):
             loss = ipkd_ta_loss(logits + larger, labels, cfg.method, kd_weight, cfg.temperature)
@@ -856,7 +803,7 @@ def train_step(model, images, labels, cfg, kd_weight, scaler, generator):
 
 
 def merge_gradients(model, loss, share):
-    """Replace the gradients and the loss by their mean over the batch of all processes, in one message a step."""
+    """Replace the gradients and the loss by their mean over the batch of all processes, in one message."""
     parts = [*(p.grad for p in model.parameters() if p.grad is not None), loss]
     flat = torch.cat([part.flatten() for part in parts]) * share
     dist.all_reduce(flat)
@@ -869,24 +816,23 @@ def train(cfg, model, data, out, checkpoint=None):
     rank, world_size = rank_and_world_size()
     device, (images, labels), accuracies = data.mean.device, data.splits["train"], None
 
-    # SGD with Nesterov momentum, some parameters without decay; fused is faster, but leaves the momentum unset when the
-    # scaler of fp16 skips the first step
+    # some parameters do not decay; fused is faster, but leaves the momentum unset when fp16's scaler skips a first step
     groups = [{"params": [], "weight_decay": 0.0}, {"params": [], "weight_decay": cfg.weight_decay}]
     for p in model.parameters():
         groups[NETWORKS[cfg.arch].decay_all or p.ndim > 1 and p.shape[1] > 1]["params"].append(p)
     optimizer = torch.optim.SGD(groups, cfg.lr, momentum=0.9, nesterov=True, fused=cfg.amp != "fp16")
 
     # two generators: one for the order of the images and the widths, one for the augmentation
-    order_rng, crop_rng = (torch.Generator().manual_seed(cfg.seed) for _ in range(2))
+    rngs = order_rng, crop_rng = [torch.Generator().manual_seed(cfg.seed) for _ in range(2)]
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.amp == "fp16")
-    first_epoch, metrics, marks = 0, [], []
+    first_epoch, metrics, mark = 0, [], 0
 
     # go on where the checkpoint was written, to the same bits as if the run had never stopped
     if checkpoint:
         for part, name in (model, "model"), (optimizer, "optimizer"), (scaler, "scaler"):
             part.load_state_dict(checkpoint[name])
-        order_rng.set_state(checkpoint["order_rng"])
-        crop_rng.set_state(checkpoint["crop_rng"])
+        for rng, state in zip(rngs, checkpoint["rngs"]):
+            rng.set_state(state)
         first_epoch, metrics = checkpoint["epoch"], checkpoint["metrics"]
         say(f"resuming after {first_epoch} epochs")
 
@@ -895,15 +841,13 @@ def train(cfg, model, data, out, checkpoint=None):
         say("compiling at the first step, which takes minutes")
         model.compile(mode="reduce-overhead" if device.type == "cuda" else "default")
 
-    # whole batches only: a step on a few images would count like a full one, with BatchNorm statistics of a few;
-    # which images are left out is drawn anew in each epoch
+    # whole batches only: a step on a few images would count like a full one; each epoch leaves out others
     steps = max(1, len(images) // cfg.batch_size)
     for epoch in range(first_epoch, cfg.epochs):
         model.train()
         start, total = time.perf_counter(), torch.zeros((), device=device)
         batches = torch.randperm(len(images), generator=order_rng).to(device).split(cfg.batch_size)
         for step, batch in enumerate(batches[:steps]):
-
             # learning rate and weight of the teacher follow from how much of the training is done, in mid-step
             progress = (epoch + (step + 0.5) / steps) / cfg.epochs
             factor = {"multistep": 0.1 ** ((progress >= 0.5) + (progress >= 0.75)), "linear": 1 - progress,
@@ -923,13 +867,13 @@ def train(cfg, model, data, out, checkpoint=None):
             optimizer.zero_grad()
             total += loss
 
-            # how long it will take, by ten steps after the first ones, which are slow everywhere
+            # how long it will take, by ten steps after the first five, which are slow everywhere
             if epoch == first_epoch and step in (4, 14):
                 total.item()  # waits for the device
-                marks.append(time.perf_counter())
-            if epoch == first_epoch and step == 14:
-                minutes = (marks[1] - marks[0]) / 10 * steps / 60
-                say(f"an epoch takes {minutes:.1f} minutes, {minutes * (cfg.epochs - epoch):.1f} in all, + evaluation")
+                mark, before = time.perf_counter(), mark
+                if step == 14:
+                    took = (mark - before) / 600 * steps  # minutes
+                    say(f"an epoch takes {took:.1f} minutes, {took * (cfg.epochs - epoch):.1f} in all, + evaluation")
 
         # the mean loss: only here the device is waited for
         loss, speed = total.item() / steps, steps * len(batch) / (time.perf_counter() - start)
@@ -955,18 +899,14 @@ def train(cfg, model, data, out, checkpoint=None):
         content = io.BytesIO()
         torch.save({"config": vars(cfg), "classes": data.classes, "mean": data.mean.cpu(), "std": data.std.cpu(),
                     "model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-                    "order_rng": order_rng.get_state(), "crop_rng": crop_rng.get_state(), "epoch": epoch + 1,
-                    "metrics": metrics}, content)
+                    "rngs": [rng.get_state() for rng in rngs], "epoch": epoch + 1, "metrics": metrics}, content)
         write_file(out / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in metrics).encode())
         write_file(out / "checkpoint.pt", content.getvalue())
         say(line)
     return accuracies or evaluate(model, data)
 
 
-# ====================================================================================================================
-# Evaluation, budgets, benchmark
-# ====================================================================================================================
-
+# ==== Evaluation, budgets, benchmark ==========================================
 
 def calibration_batches(data, images=2048, batch_size=256):
     """Training images for `calibrate`, the same at every call, augmented as in training."""
@@ -998,10 +938,9 @@ def evaluate(model, data, split="test"):
 
 
 def budgeted(model, data, image_size=32):
-    """Budgeted batch classification by an MSDNet (Huang et al., ICLR 2018, section 4.2): early_exit on the test images
-    for a sweep of budgets, with thresholds found on the validation images. List of {"q", "macs", "top1" in percent,
-    "thresholds", "exits"}: exit k is meant for a share of the images proportional to q^k and takes the share
-    exits[k - 1] of them. macs: average for one image, all heads up to the exit taken counted."""
+    """Budgeted classification (Huang et al., ICLR 2018, section 4.2): early exit of the test images for a sweep of
+    budgets, by thresholds found on the validation images, exit k for a share in proportion to q^k. List of {"q", "macs"
+    (average, with all heads passed), "top1" in percent, "thresholds", "exits" (the shares that left there)}."""
     confidence, correct = {}, {}  # of a split: (K, N)
     for split in ("val", "test"):
         logits, labels = (t.cpu() for t in predict(model, data, split))
@@ -1021,12 +960,11 @@ def budgeted(model, data, image_size=32):
 @torch.no_grad()
 def clock(model, x, repeats):
     """Milliseconds of each forward pass on x, after some to warm up, in ascending order."""
-    times = []
-    for _ in range(repeats + 5):
-        start = time.perf_counter()
+    marks = []
+    for _ in range(repeats + 6):
         model(x).sum().item()  # waits for the device
-        times.append(1000 * (time.perf_counter() - start))
-    return sorted(times[5:])
+        marks.append(time.perf_counter())
+    return sorted(1000 * (end - start) for start, end in itertools.pairwise(marks[5:]))
 
 
 def benchmark(args, given, steps=20, classes=10):
@@ -1061,9 +999,7 @@ def benchmark(args, given, steps=20, classes=10):
     say(f"peak memory {(used or 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 2**20:.0f} MiB")
 
 
-# ====================================================================================================================
-# Tables and picture
-# ====================================================================================================================
+# ==== Tables and picture ======================================================
 
 T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t for 95 %, of 2, 3, ... 10 values
 
@@ -1102,8 +1038,7 @@ def load_runs(directories):
 
 
 def report(args, given):
-    """Print, as Markdown, top-1 accuracies as mean ± sample standard deviation over the seeds, and the differences
-    between methods, paired by seed, with 95 % intervals."""
+    """Print Markdown: top-1 accuracies, mean ± standard deviation over the seeds; differences, paired by seed."""
     settings = load_runs(args["report"])
     for setting, by_method in settings.items():
         first, means = next(iter(next(iter(by_method.values())).values())), {}
@@ -1131,39 +1066,41 @@ def plot(settings, path):
     """Top-1 accuracy against MACs: a panel for each setting, a line for each method, thin lines by early exit."""
     from matplotlib.figure import Figure  # ImportError: one line that names the package
     styles = {"ce": ("#000000", "o:"), "ipkd": ("#E69F00", "s--"), "ipkd-ta": ("#0072B2", "^-")}  # Okabe & Ito
-    figure = Figure(figsize=(4.5 * len(settings), 3.6), layout="constrained", dpi=150, facecolor="white")
-    panels = figure.subplots(1, len(settings), squeeze=False)[0]
-    for axes, (setting, by_method) in zip(panels, settings.items()):
+    columns = min(3, len(settings))
+    rows = math.ceil(len(settings) / columns)
+    figure = Figure(figsize=(4.5 * columns, 3.5 * rows + 0.4), layout="constrained", dpi=150, facecolor="white")
+    panels, handles = figure.subplots(rows, columns, squeeze=False).flat, {}
+    for (setting, by_method), axes in zip(settings.items(), panels):
         for method, runs in by_method.items():
             top1, (color, style) = list(zip(*(run["top1"] for run in runs.values()))), styles[method.split(",")[0]]
             spread = [stdev(values) for values in top1] if len(runs) > 1 else None
-            axes.errorbar(next(iter(runs.values()))["mmacs"], [mean(values) for values in top1], spread,
-                          color=color, fmt=style, markersize=5, capsize=2, label=f"{method} ({len(runs)})")
+            handles[method] = axes.errorbar(
+                next(iter(runs.values()))["mmacs"], [mean(values) for values in top1], spread,
+                color=color, fmt=style, markersize=5, capsize=2)
             budgets = [*zip(*(run["budgets"] for run in runs.values() if run["budgets"]))]  # of one q: of every seed
             if budgets:
                 points = [[mean(b[key] / unit for b in seeds) for seeds in budgets]
                           for key, unit in (("macs", 1e6), ("top1", 1))]
-                axes.plot(*points, color=color, linewidth=0.8, label=f"{method}, early exit")
-        axes.set(title="\n".join(textwrap.wrap(setting, 45)), xlabel="cost of the sub-model (million MACs per image)",
-                 ylabel="top-1 accuracy (%), bars: std over runs")
+                handles[f"{method}, early exit"], = axes.plot(*points, color=color, linewidth=0.8)
+        axes.set_title("\n".join(textwrap.wrap(setting, 60)), fontsize=9)
+        axes.set(xlabel="million MACs for one image", ylabel="top-1 accuracy (%), bars: std over runs")
         axes.grid(alpha=0.3)
-        axes.legend()
+    for axes in panels:  # those left over
+        axes.remove()
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=len(handles))
     picture = io.BytesIO()
     with blaming(f"--plot '{path}' has an unknown suffix", ValueError):
         figure.savefig(picture, format=path.suffix[1:])
     write_file(path, picture.getvalue())
 
 
-# ====================================================================================================================
-# Runs and command line: files, checkpoints, export
-# ====================================================================================================================
+# ==== Runs and command line: files, checkpoints, export =======================
 
-RUN_FILES = ("config.json", "metrics.jsonl", "checkpoint.pt", "results.json", "budget.json")
-PLACE = {"data_dir", "device"}  # options that say where a run happens, not what it is: they may change on the way
+PLACE = {"data_dir", "device"}  # where a run happens, not what it is: these may change on the way
 
 
 def write_file(path, content):
-    """Put these bytes in place in one step, so that there is never half a file. Of several processes the first does."""
+    """Put these bytes in place in one step: there is never half a file. Of several processes the first does."""
     if rank_and_world_size()[0]:
         return
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # of this process: another may write as well
@@ -1201,7 +1138,7 @@ def load_checkpoint(path):
 
 
 def pick_device(cfg):
-    """torch.device of --device, tried out, and the memory format that is fast there. Replaces "auto" in the options."""
+    """torch.device of --device, tried out, and the memory format for it. Replaces "auto" in the options."""
     with blaming(f"--device {cfg.device} cannot be used here", Exception):  # torch raises many types
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device)
         if device.type == "cuda" and dist.is_initialized():
@@ -1209,7 +1146,7 @@ def pick_device(cfg):
             torch.cuda.set_device(device)
         torch.ones(1, device=device).item()
     cuda, cfg.device = device.type == "cuda", str(device)
-    if cuda:  # TF32 for matrix products as for convolutions, the fastest convolution
+    if cuda:  # TF32 in matrix products as in convolutions
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
     if cfg.amp == "auto":
@@ -1231,10 +1168,11 @@ def load_images(cfg, checkpoint=None, splits=("train", "test")):
 
 
 def claim(cfg, out, overwrite):
-    """The directory of a new run: `out`, or the first free one of a name. Only one process can create config.json."""
+    """The directory of a new run: `out`, or the first free name. Only one process can create config.json."""
+    files = ("config.json", "metrics.jsonl", "checkpoint.pt", "results.json", "budget.json")
     for n in itertools.count(1):
         place = out or Path(f"runs/{cfg.arch}-{cfg.data_name}-{cfg.method}-seed{cfg.seed}" + f"-{n}" * (n > 1))
-        held = [file for file in RUN_FILES if (place / file).exists()]
+        held = [file for file in files if (place / file).exists()]
         if held and overwrite:
             config_of(place)  # InputError if it is not of this program
             for file in held:
@@ -1266,14 +1204,13 @@ def run_training(args, given):
         if checkpoint and checkpoint["epoch"] == cfg.epochs and (out / "results.json").exists():
             return say(f"the run in '{out}' is finished")
 
-    # the images
     start = time.perf_counter()
     data = load_images(cfg, checkpoint)
     cfg.train_size = len(data.splits["train"][1])
     if min(cfg.batch_size, cfg.train_size) < world_size:
         raise InputError(f"--batch-size {cfg.batch_size} must be at least {world_size}, an image for each process")
 
-    # the network, with weights of its own or of another run, whose classifiers are of use only for the same classes
+    # the network, with weights of its own or of another run, whose classifiers serve only the same classes
     torch.manual_seed(cfg.seed)
     model = build_model(cfg, len(data.classes))
     if cfg.init and not checkpoint:
@@ -1289,7 +1226,6 @@ def run_training(args, given):
         args["out"] = claim(cfg, out, "overwrite" in args)
     out = args.get("out", Path())
 
-    # what is going to happen
     say(f"{cfg.arch}, {len(model.names())} sub-models, {sum(p.numel() for p in model.parameters()):,} parameters\n"
         f"{cfg.data_name}: {cfg.train_size:,} training and {len(data.splits['test'][1]):,} test images of "
         f"{len(data.classes)} classes, loaded in {time.perf_counter() - start:.1f} s")
@@ -1304,16 +1240,15 @@ def finish(cfg, model, data, accuracies, out=None, **more):
     print_table(("sub-model", "MMACs", "params", "top-1 %", "top-5 %", "loss"), *(
         (s["name"], s["macs"] / 1e6, s["params"], s["top1"], s["top5"], f"{s['loss']:.4f}") for s in subs))
     versions = {"ipkd_ta": __version__, "sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12],
-                "python": sys.version.split()[0], "torch": str(torch.__version__)}
+                "torch": torch.__version__}
     results = {"config": vars(cfg), "dataset": cfg.data_name, "sub_models": subs, "versions": versions, **more}
     if "val" in data.splits:
         results["validation"] = evaluate(model, data, "val")
         if NETWORKS[cfg.arch].exits and not rank_and_world_size()[0]:
             budgets = budgeted(model, data, cfg.image_size)
             say(f"\nearly exit, thresholds from {cfg.val_size:,} validation images:")
-            print_table(("budget", "MMACs", "top-1 %", "thresholds"), *(
-                (f"q = {b['q']:.1f}", b["macs"] / 1e6, b["top1"], " ".join(f"{t:.3f}" for t in b["thresholds"]))
-                for b in budgets))
+            print_table(("q", "MMACs", "top-1 %", "thresholds"), *(
+                (b["q"], b["macs"] / 1e6, b["top1"], " ".join(f"{t:.3f}" for t in b["thresholds"])) for b in budgets))
             if out:
                 write_file(out / "budget.json", json.dumps({"budgets": budgets}, indent=2).encode())
     if out:
@@ -1323,10 +1258,10 @@ def finish(cfg, model, data, accuracies, out=None, **more):
 def run_evaluation(args, given):
     """The table of a checkpoint, of a universal slimmable network at any --widths. Reads only the images it uses."""
     cfg, model, checkpoint = load_checkpoint(args["eval"])
-    cfg, other_widths = make_config(given, replace(cfg, device="auto")), "widths" in given
-    data = load_images(cfg, checkpoint, ("train", "test") if other_widths or cfg.val_size else ("test",))
+    cfg = make_config(given, replace(cfg, device="auto"))
+    data = load_images(cfg, checkpoint, ("train", "test") if "widths" in given or cfg.val_size else ("test",))
     model.to(data.mean.device, memory_format=data.memory_format)
-    if other_widths:
+    if "widths" in given:
         model.widths = cfg.widths
         with blaming("--widths", ValueError):
             model.calibrate(calibration_batches(data))
@@ -1335,19 +1270,19 @@ def run_evaluation(args, given):
 
 
 class Exported(nn.Sequential):
-    """A sub-model whose argument has the name that it has in an exported program: (N, 3, H, W) -> logits (N, C)."""
+    """A sub-model whose argument has the name that exported programs give it."""
 
     def forward(self, images):
         return super().forward(images)
 
 
 def run_export(args, given):
-    """Write one sub-model of a checkpoint as a program of torch.export, or ONNX when the name ends with .onnx."""
+    """Write a sub-model of a checkpoint as a program of torch.export, or ONNX when the name ends with .onnx."""
     if "eval" not in args:
         raise InputError("--export needs --eval, a checkpoint.pt")
     path, (cfg, model, checkpoint) = args["export"], load_checkpoint(args["eval"])
-    if path.exists() and ("overwrite" not in args or path.samefile(args["eval"])):
-        raise InputError(f"--export: '{path}' exists: choose another name, or --overwrite an export")
+    if path.exists():
+        raise InputError(f"--export: '{path}' exists: choose another name")
     names, name = model.names(), args.get("sub_model", model.names()[-1])
     with blaming(f"--sub-model {name}: there are {', '.join(names)}", ValueError):
         which = names.index(name) + 1 if name in names else float(name.removeprefix("width-"))
@@ -1376,18 +1311,18 @@ def run_export(args, given):
 OPTIONS = {f.name: f.type for f in fields(Config)}
 ACTIONS = {  # the options that are none of Config's: type and help
     "out": (Path, "directory of the run (default: runs/ARCH-DATASET-METHOD-seedN)"),
-    "overwrite": (bool, "replace the run in --out, or the file of --export"),
-    "resume": (bool, "go on with the run in --out, or begin it where there is none"),
-    "eval": (Path, "the table of this checkpoint.pt, instead of training"),
+    "overwrite": (bool, "replace the run in --out"),
+    "resume": (bool, "go on with the run in --out, or begin it"),
+    "eval": (Path, "the table of this checkpoint.pt"),
     "export": (Path, "with --eval: write a sub-model as a program of torch.export, or ONNX (.onnx)"),
     "sub_model": (str, "with --export: exit-3, width-0.5, ... (default: the largest)"),
     "fold_bn": (bool, "with --export: merge BatchNorm into the convolutions"),
-    "benchmark": (bool, "time every sub-model, with --eval of that run, and training, on random images"),
+    "benchmark": (bool, "time every sub-model (of --eval) and training"),
     "report": (list, "print all results below these directories as Markdown"),
     "plot": (Path, "with --report: draw accuracy against MACs, by matplotlib")}
-MODES = {  # what does the work, and the options that it takes; the mode is the first of these that is given
+MODES = {  # what does the work, and the options that it takes; the first that is given counts
     "report": (report, {"plot"}),
-    "export": (run_export, {"eval", "sub_model", "fold_bn", "data_dir", "overwrite"}),
+    "export": (run_export, {"eval", "sub_model", "fold_bn", "data_dir"}),
     "benchmark": (benchmark, {"eval", *OPTIONS} - {"dataset", "data_dir", "train_size", "val_size", "epochs",
                                                    "eval_every", "init"}),
     "eval": (run_evaluation, {"data_dir", "device", "widths", "val_size"}),
@@ -1396,7 +1331,7 @@ MODES = {  # what does the work, and the options that it takes; the mode is the 
 
 
 def parse(argv):
-    """The mode, what was given on the command line, and the part of it that is Config's."""
+    """The mode, what the command line gives, and the part of it that is Config's."""
 
     def error(message):  # one line instead of the usage
         raise InputError(f"{message} (see --help)")
@@ -1426,8 +1361,7 @@ def main(argv=None):
     try:
         mode, args, given = parse(argv)
 
-        # what the networks need of a CPU: kernels for all drawn widths, not the last 1,024, and of glibc to keep freed
-        # memory instead of giving it back to the system (M_MMAP_MAX, M_TRIM_THRESHOLD)
+        # for speed on a CPU: kernels kept for all widths, and freed memory kept (M_MMAP_MAX, M_TRIM_THRESHOLD)
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
         with suppress(OSError, AttributeError):
             libc = ctypes.CDLL("libc.so.6")
@@ -1444,7 +1378,7 @@ def main(argv=None):
         if dist.is_initialized():
             dist.destroy_process_group()
 
-    # one line for what the user can mend: input, a file, a package, memory; a fault of the program keeps its traceback
+    # one line for what the user can mend, a traceback for a fault of the program
     except (InputError, OSError, ImportError, MemoryError, RuntimeError) as error:
         words = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc", "ALLOC_FAILED")
         memory = isinstance(error, MemoryError) or any(word in str(error) for word in words)

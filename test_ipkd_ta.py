@@ -2,11 +2,8 @@
 
     pip install torch torchvision pytest && python -m pytest
 
-Tests that need a GPU, matplotlib, or onnx, onnxscript and onnxruntime are skipped where these are missing. Set
-IPKD_TA_IMAGES to a directory with train/<class>/* and test/<class>/* to train on real images as well, IPKD_TA_KILLS=200
-to kill more processes than the usual few.
+Tests that need a GPU, matplotlib, or onnx, onnxscript and onnxruntime are skipped where these are missing.
 """
-import dataclasses
 import hashlib
 import importlib.util
 import io
@@ -14,8 +11,8 @@ import json
 import math
 import os
 import pickle
-import random
 import re
+import shlex
 import shutil
 import signal
 import struct
@@ -26,7 +23,8 @@ import threading
 import time
 import unicodedata
 import zlib
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -42,7 +40,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
 import ipkd_ta
-from ipkd_ta import InputError, MSDNet, SlimmableMobileNetV1, early_exit, exit_thresholds, ipkd_ta_loss, sandwich_widths
+from ipkd_ta import MSDNet, SlimmableMobileNetV1, early_exit, exit_thresholds, ipkd_ta_loss, sandwich_widths
 
 HERE = Path(__file__).parent
 METHODS = ("ce", "ipkd", "ipkd-ta")
@@ -218,7 +216,7 @@ class TestLoss:
                       "m.eval()(x, 0.3), m.extract(0.3), m.sub_models()"),
         ("MSDNet", "m = MSDNet(10, exits=2, base=1)\nm(torch.zeros(2, 3, 32, 32)), m.extract(1), m.sub_models()")])
     def test_a_copied_room_needs_nothing_but_the_imports(self, room, use):
-        header, *parts = re.split(r"# =+\n# (.+)\n# =+\n", (HERE / "ipkd_ta.py").read_text(encoding="utf-8"))
+        header, *parts = re.split(r"# ==== (.+) =+\n", (HERE / "ipkd_ta.py").read_text(encoding="utf-8"))
         imports = "\n".join(line for line in header.splitlines() if line.startswith(("import ", "from ")))
         text, = (text for title, text in zip(parts[::2], parts[1::2]) if title.startswith(room))
         exec(f"{imports}\n{text}\n{use}", {"__name__": "copied"})
@@ -281,21 +279,6 @@ class TestSlimmable:
         stem = ipkd_ta.extract(model, 1)[0]
         assert_close(stem[1].running_mean, stem[0](x).mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
 
-    def test_calibration_restores_every_switchable_width_after_torch_s_update_bn_ruined_it(self, tmp_path):
-        labels = torch.arange(600) % 3           # noise, in which a channel is brighter
-        images = torch.randint(185, (600, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-        images[torch.arange(600), labels] += 70
-        splits = {"train": (images[:400], labels[:400]), "test": (images[400:], labels[400:])}
-        data, top1 = ipkd_ta.Data(splits, ["red", "green", "blue"], HALF, HALF / 2), []
-        cfg = ipkd_ta.make_config({"arch": "slimmable", "widths": (0.05, 0.1), "bn": "switchable", "epochs": 4})
-        torch.manual_seed(0)
-        model = ipkd_ta.build_model(cfg, 3)
-        ipkd_ta.train(cfg, model, data, tmp_path)
-        for change in (list, lambda batches: torch.optim.swa_utils.update_bn(batches, model), model.calibrate):
-            change(ipkd_ta.calibration_batches(data))
-            top1.append([sub["top1"] for sub in ipkd_ta.evaluate(model, data)])
-        assert all(before > after + 30 for before, after in zip(*top1[:2])) and top1[2] == pytest.approx(top1[0], abs=1)
-
     @torch.no_grad()
     def test_statistics_are_replaced_by_the_next_calibration_and_forgotten_by_training(self):
         model, x, logits = tiny_model("universal"), images_of(8), []
@@ -325,16 +308,13 @@ class TestSlimmable:
 
     @torch.no_grad()
     @rows("arch", ["universal", "switchable"])
-    @rows("move, dtype, tolerance", [
-        (lambda m: m.double(), torch.float64, 1e-4), (lambda m: m.to(torch.bfloat16), torch.bfloat16, 0.2),
-        (lambda m: m.to("cpu", memory_format=torch.channels_last), torch.float32, 1e-4)])
+    @rows("dtype, tolerance", [(torch.float64, 1e-4), (torch.bfloat16, 0.2)])
     def test_statistics_follow_the_weights_to_another_format_and_no_width_means_the_largest(
-            self, arch, move, dtype, tolerance):
+            self, arch, dtype, tolerance):
         model, x = tiny_model(arch), images_of(8)
         exact(model(x), model(x, width=0.15))
         model.calibrate([x])
-        before, after = model.eval()(x, 0.15), move(model)(x.to(dtype))
-        assert after.dtype == dtype
+        before, after = model.eval()(x, 0.15), model.to(dtype)(x.to(dtype))
         assert_close(after.float(), before, rtol=0, atol=tolerance)
 
 
@@ -473,22 +453,15 @@ class TestSubModels:
 
     @torch.no_grad()
     @rows("n", [np.int64, np.uint8])
-    @rows("call", [
-        lambda n: MSDNet(n(10), exits=n(2), base=n(1)), lambda n: SlimmableMobileNetV1(n(10)),
-        lambda n: sandwich_widths(n(4), np.float32(0.25), np.float64(1)),
-        lambda n: ipkd_ta.extract(brief_msdnet(2), n(2)), lambda n: loss_of(kd_weight=np.float32(1), temperature=n(2)),
-        lambda n: early_exit(brief_msdnet(3), images_of(1), np.array([1, 1, 1])),
-        lambda n: exit_thresholds(torch.rand(2, 9), np.array([0.5, 0.5], dtype=np.float32)),
-        lambda n: SlimmableMobileNetV1(10, np.array([0.5, 1], dtype=np.float32))(images_of(1), np.float32(0.5))])
-    def test_numpy_numbers_are_as_good_as_python_s(self, call, n):
-        call(n)
-
-    @torch.no_grad()
-    def test_widths_with_float_noise_are_those_asked_for_later(self):
-        model, x = SlimmableMobileNetV1(10, widths=(0.25, 0.5)), images_of(4)
+    def test_numpy_numbers_are_as_good_as_python_s_and_float_noise_makes_no_other_width(self, n):
+        model, x = SlimmableMobileNetV1(n(10), np.array([0.25, 0.5], dtype=np.float32)), images_of(4)
         model.calibrate([x], np.arange(0.25, 0.501, 0.05))
         for width in (0.25, 0.3, 0.35, 0.4, 0.45, 0.5, np.float32(0.3), 0.1 + 0.2):
             model.eval()(x, width)
+        exits = MSDNet(n(10), exits=n(2), base=n(1)).eval()
+        ipkd_ta.extract(exits, n(2)), early_exit(exits, x, np.array([1, 1]))
+        loss_of(kd_weight=np.float32(1), temperature=n(2)), sandwich_widths(n(4), np.float32(0.25), np.float64(1))
+        exit_thresholds(torch.rand(2, 9), np.array([0.5, 0.5], dtype=np.float32))
 
 
 def pictures_of(image):
@@ -502,28 +475,27 @@ def pictures_of(image):
 def write_cifar(root, name, patch):
     """A small CIFAR in its own on-disk format, packed too, with its checksums made known to torchvision; no network.
     Returns {split: (images, labels)} and torchvision's class."""
-    cls, fine = (torchvision.datasets.CIFAR100, True) if name == "cifar100" else (torchvision.datasets.CIFAR10, False)
-    folder, generator, splits = root / cls.base_folder, torch.Generator().manual_seed(0), {}
+    cls, n, generator = getattr(torchvision.datasets, name.upper()), int(name[5:]), torch.Generator().manual_seed(0)
+    folder, splits, archive = root / cls.base_folder, {}, root / cls.filename
     folder.mkdir(parents=True)
 
     def write(file, content):
         (folder / file).write_bytes(pickle.dumps(content))
         return [file, hashlib.md5((folder / file).read_bytes()).hexdigest()]
 
-    for split in ("train", "test"):
-        files = [file for file, _ in getattr(cls, f"{split}_list")]
+    for split, files in ("train", cls.train_list), ("test", cls.test_list):
         pixels = torch.randint(256, (len(files), 8, 3072), dtype=torch.uint8, generator=generator)
-        target = torch.randint(100 if fine else 10, (len(files), 8), generator=generator)
+        target = torch.randint(n, (len(files), 8), generator=generator)
         patch.setattr(cls, f"{split}_list", [
-            write(file, {"data": pixels[i].numpy(), "fine_labels" if fine else "labels": target[i].tolist()})
-            for i, file in enumerate(files)])
+            write(file, {"data": x.numpy(), "fine_labels" if n == 100 else "labels": y.tolist()})
+            for (file, _), x, y in zip(files, pixels, target)])
         splits[split] = pixels.view(-1, 3, 32, 32), target.flatten()
-    names = [f"class {i}" for i in range(100 if fine else 10)]
-    patch.setattr(cls, "meta", {**cls.meta, "md5": write(cls.meta["filename"], {cls.meta["key"]: names})[1]})
-    with tarfile.open(root / cls.filename, "w:gz") as archive:
-        archive.add(folder, cls.base_folder)
-    patch.setattr(cls, "tgz_md5", hashlib.md5((root / cls.filename).read_bytes()).hexdigest())
-    patch.setattr(cls, "url", "http://127.0.0.1:9/none")                # a port where nothing answers
+    names = write(cls.meta["filename"], {cls.meta["key"]: [f"class {i}" for i in range(n)]})
+    with tarfile.open(archive, "w:gz") as packed:
+        packed.add(folder, cls.base_folder)
+    for key, value in {"meta": {**cls.meta, "md5": names[1]}, "url": "http://127.0.0.1:9/none",      # nothing answers
+                       "tgz_md5": hashlib.md5(archive.read_bytes()).hexdigest()}.items():
+        patch.setattr(cls, key, value)
     return splits, cls
 
 
@@ -541,8 +513,7 @@ def litter(root):
         for name in ("Thumbs.db", "desktop.ini", ".DS_Store", "._0.png", "ehthumbs.db", "THUMBS.DB", "Icon\r"):
             (folder / name).write_bytes(b"litter")
         for name in ("@eaDir", "__MACOSX", ".ipynb_checkpoints", "$RECYCLE.BIN"):
-            (folder / name).mkdir()
-            (folder / name / "0.png").write_bytes(b"litter")
+            write_images(folder, [name], ["a"], n=1)
     (root / "train/readme.txt").write_text("a file beside the classes")
 
 
@@ -570,10 +541,7 @@ def write_png(path, samples, depth, kind, chunks):
         for name, body in ((b"IHDR", size), *chunks, (b"IDAT", data), (b"IEND", b""))))
 
 
-def bitmap_header(path, side=20_000):
-    path.write_bytes(b"BM" + struct.pack("<IHHIIiiHHIIiiII", 54, 0, 0, 54, 40, side, side, 1, 24, 0, 0, 0, 0, 0, 0))
-
-
+CLEAR_UNKNOWN = [(0, 2), (0, 4), (0, 16), (2, 16)]          # kind and depth of PNGs that Pillow reads wrongly
 PIXELS = np.random.default_rng(1).integers(256, size=(32, 32, 4)).astype(np.uint8)
 COLORS = np.array([[10, 20, 30], [200, 0, 0], [255, 255, 255], [0, 0, 200]])
 FOUR = Image.fromarray(PIXELS[..., 0] % 4).convert("P")
@@ -602,40 +570,28 @@ class TestData:
         assert sorted(i for i, _ in found) == list(range(30)) and len({how for _, how in found}) > 20
         exact(first, again)
 
-    @rows("state, reason", [
-        ("unpacked", None), ("packed", None), ("packed, read-only", None), ("damaged, but packed too", None),
-        ("no such directory", "is not there"), ("empty", "is not there"), ("damaged", "is not there"),
-        ("incompletely packed", "incomplete or damaged")])
+    @rows("state, reason", [("unpacked", None), ("packed", None), ("empty", "is not there"), ("cut", "incomplete")])
     @rows("name", ["cifar10", "cifar100"])
     def test_cifar_is_read_from_its_format_or_one_line_says_why_not(
             self, name, state, reason, tmp_path, monkeypatch, capfd):
-        root, access = tmp_path / "data", os.access
-        splits, cls = write_cifar(root, name, monkeypatch)
-        archive, folder = root / cls.filename, root / cls.base_folder
-        if "damaged" in state:
-            (folder / cls.test_list[0][0]).write_bytes(b"damaged")
-        elif state != "unpacked":
-            shutil.rmtree(folder if "packed" in state else root)
-        if state == "incompletely packed":
-            archive.write_bytes(archive.read_bytes()[:-100])
-        elif "packed" not in state:
-            archive.unlink(missing_ok=True)
-            root.mkdir(exist_ok=True) if state == "empty" else None
-        if "read-only" in state:                 # for the superuser, who may write everywhere, too
-            root.chmod(0o555)
-            monkeypatch.setattr(os, "access", lambda path, mode, **more: mode != os.W_OK and access(path, mode, **more))
+        splits, cls = write_cifar(tmp_path / "data", name, monkeypatch)
+        archive, folder = tmp_path / "data" / cls.filename, tmp_path / "data" / cls.base_folder
+        if state != "unpacked":
+            shutil.rmtree(folder)
+        if state != "packed":
+            content = archive.read_bytes()[:-100]
+            archive.write_bytes(content) if state == "cut" else archive.unlink()
         if reason:
-            err = refused(capfd, dataset=name, data_dir=root, out=tmp_path / "run")
+            err = refused(capfd, dataset=name, data_dir=tmp_path / "data", out=tmp_path / "run")
             assert all(part in err for part in (name, str(archive), reason, "www.cs.toronto.edu/~kriz/cifar.html"))
             assert not (tmp_path / "run").exists()
         else:
-            before, data = sorted(root.rglob("*")), ipkd_ta.load_data(name, root)
+            data, figures = ipkd_ta.load_data(name, tmp_path / "data"), {
+                "cifar10": ((0.4914, 0.4824, 0.4467), (0.2471, 0.2435, 0.2616)),
+                "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))}
             exact(data.splits, splits)
+            exact(torch.stack([data.mean, data.std]), torch.tensor(figures[name]))
             assert data.classes == [f"class {i}" for i in range(int(name[5:]))]
-            exact([data.mean, data.std], [torch.tensor(figures) for figures in (
-                ((0.4914, 0.4824, 0.4467), (0.2471, 0.2435, 0.2616)) if name == "cifar10" else
-                ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)))])
-            assert "read-only" not in state or sorted(root.rglob("*")) == before
 
     @rows("change", [
         lambda root: None, lambda root: os.rename(root / "test", root / "val"), litter,
@@ -655,7 +611,7 @@ class TestData:
 
     @rows("kind, depth, transparent", [(kind, depth, clear) for kind, depths in (
         (0, (1, 2, 4, 8, 16)), (2, (8, 16)), (3, (1, 2, 4, 8)), (4, (8, 16)), (6, (8, 16)))
-        for depth in depths for clear in (True, False) if (kind, depth, clear) != (2, 16, True)])    # refused
+        for depth in depths for clear in (True, False) if not clear or (kind, depth) not in CLEAR_UNKNOWN])
     def test_a_png_of_every_kind_is_read_as_a_viewer_shows_it_on_white(self, kind, depth, transparent, tmp_path):
         generator, top, alpha, chunks = np.random.default_rng(0), 2**depth - 1, np.ones((32, 32)), []
         samples = generator.integers(2**depth, size=(32, 32, {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[kind]))
@@ -700,20 +656,22 @@ class TestData:
     @rows("name", ["a.png", "a.jpg"])
     @rows("tall", [False, True])
     def test_of_a_photo_the_centre_is_taken_its_shorter_side_at_the_image_size(self, tall, name, size, tmp_path):
-        photo = np.repeat(np.repeat([[[255, 0, 0], [0, 200, 0], [0, 0, 255]]], 300, axis=0), 300, axis=1)
-        photo[120:180, 420:480] = 255            # a bright middle, 300 x 900 pixels in all
-        picture = Image.fromarray((photo.transpose(1, 0, 2) if tall else photo).astype(np.uint8))
+        photo = np.zeros((300, 900, 3), np.uint8)
+        photo[:, 300:600], photo[120:180, 420:480] = (0, 200, 0), 255      # a green centre with a bright middle
+        picture = Image.fromarray(photo.transpose(1, 0, 2) if tall else photo)
         picture.save(tmp_path / name, quality=100, subsampling=0)
         pixels = np.array(ipkd_ta.read_image(tmp_path / name, size)).astype(int)
-        assert pixels.shape == (size, size, 3) and np.abs(pixels[::size // 3, ::size // 3].clip(0, 210) - [0, 200, 0]
-                                                          )[[0, 0, -1, -1], [0, -1, 0, -1]].max() < 25
+        assert pixels.shape == (size, size, 3)
+        assert np.abs(pixels[[0, 0, -1, -1], [0, -1, 0, -1]] - [0, 200, 0]).max() < (25 if size > 8 else 60)
         assert pixels[size // 2 - 1:size // 2 + 1, size // 2 - 1:size // 2 + 1, 0].min() > (240 if size > 8 else 90)
 
     @rows("name, write, reason", [
         ("no bytes.png", lambda path: path.write_bytes(b""), "cannot identify"), ("pipe.png", os.mkfifo, "not a file"),
         ("cut.png", lambda path: path.write_bytes((path.parents[1] / "dog/0 ä.png").read_bytes()[:-999]), "truncated"),
-        ("bomb.bmp", bitmap_header, "decompression bomb"), ("folder in a class", os.mkdir, "not a file"),
-        ("tRNS.png", lambda path: write_png(path, np.zeros((2, 2, 3), int), 16, 2, [(b"tRNS", bytes(6))]), "16-bit"),
+        ("folder in a class", os.mkdir, "not a file"), *(
+            (f"tRNS {kind} {depth}.png", lambda path, depth=depth, kind=kind: write_png(
+                path, np.zeros((8, 8, kind + 1), int), depth, kind, [(b"tRNS", bytes(2 * kind + 2))]), "transparent")
+            for kind, depth in CLEAR_UNKNOWN),
         ("32 bit.tiff", Image.new("I", (8, 8), 100_000).save, "mode I"),
         ("float.tiff", Image.new("F", (8, 8), 0.5).save, "mode F"),
         ("link to itself.png", lambda path: path.symlink_to(path), "not a file"),
@@ -724,14 +682,6 @@ class TestData:
         err = refused(capfd, dataset="folder", data_dir=tmp_path / "images", out=tmp_path / "out")
         assert f"'{path}'" in err and reason in err and not recwarn.list and not (tmp_path / "out").exists()
 
-    def test_several_bad_images_are_named_at_once_ten_of_them_with_their_number(self, tmp_path):
-        write_images(tmp_path)
-        for i in range(12):
-            (tmp_path / ("train", "test")[i % 2] / f"dog/bad {i // 2}.png").write_bytes(b"junk")
-        with pytest.raises(InputError, match="12 ") as error:
-            ipkd_ta.load_data("folder", tmp_path)
-        assert len(set(re.findall(r"\w+/dog/bad \d", str(error.value)))) == 10
-
     @rows("spoil, message", [
         (shutil.rmtree, "has no folder 'train'"), (lambda root: shutil.rmtree(root / "test"), "has no folder 'test'"),
         (lambda root: os.rename(root / "test/dog", root / "test/mouse"), "dog, mouse"),
@@ -739,7 +689,8 @@ class TestData:
         (lambda root: [path.unlink() for path in (root / "train/dog").iterdir()], "dog"),
         (lambda root: [shutil.rmtree(root / "train" / c) for c in ("café", "dog")], "there is none"),
         (lambda root: write_images(root, classes=[unicodedata.normalize("NFD", "café")]), "café"),  # a class twice
-        (lambda root: None, "folder has 8")])    # and 9 are asked for
+        (lambda root: [(root / f"{s}/dog/{i}").write_bytes(b"junk") for s in ("train", "test") for i in range(6)],
+         "12 files are no images"), (lambda root: None, "folder has 8")])          # and 9 are asked for
     def test_a_wrong_folder_is_one_clear_line(self, spoil, message, tmp_path, capfd):
         spoil(write_images(tmp_path / "images"))
         options = {"train_size": 8, "val_size": 1} if "8" in message else {"epochs": 1}
@@ -762,9 +713,7 @@ class TestOptions:
             ("--benchmark", ("--plot a.svg", "--data-dir d", "--out o")),
             ("--eval c.pt", ("--lr 0.1", "--fold-bn", "--sub-model exit-1", "--out o")),
             ("--report r", ("--seed 1", "--arch msdnet", "--overwrite"))) for o in options),
-        *((f"--arch slimmable --widths {w}", m) for w, m in (
-            ("0.5 0.25", r"ascend within \(0, 1\], got \[0.5, 0.25\]"), ("0.5 0.5", r"\[0.5, 0.5\]"), ("0", r"\[0.0\]"),
-            ("0.5 1.5", "1.5"), ("nan", "nan"), ("x", "'x'"))),
+        ("--arch slimmable --widths 0.5 0.25", r"ascend within \(0, 1\], got \[0.5, 0.25\]"), ("--widths x", "'x'"),
         *((o, o.split()[1]) for o in (
             "--arch resnet", "--method kd", "--dataset mnist", "--batch-size 0", "--epochs 1.5", "--lr -1", "--lr 0",
             "--lr nan", "--lr inf", "--kd-weight 1.5", "--kd-weight nan", "--kd-warmup -1", "--lr-warmup nan",
@@ -782,7 +731,7 @@ def after_one_step(arch, tmp_path, **changes):
     and its gradient; in float64, for in float32 rounding moves some outputs across a kink of ReLU6."""
     with float64(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(ipkd_ta, "augment", lambda images, generator: images)
-        patch.setattr(ipkd_ta, "sandwich_widths", lambda *args: list(DRAWN))
+        patch.setattr(ipkd_ta, "sandwich_widths", lambda *args, **kwargs: list(DRAWN))
         data, model, reference = ipkd_ta.load_data("shapes", train_size=12), tiny_model(arch), tiny_model(arch)
         cfg = config(arch, train_size=12, schedule="linear", lr_warmup=0.0, kd_warmup=0.0, **changes)
         images, labels = data.splits["train"]
@@ -818,8 +767,8 @@ class TestTraining:
         heads = {name for name, p in before.named_parameters() if p.shape[0] == 10}
         for name, p in before.named_parameters():
             assert_close(same.get_parameter(name), p, rtol=0, atol=1e-5)
-            assert name in heads and len(other.get_parameter(name)) == 2 or torch.allclose(other.get_parameter(name), p,
-                                                                                          atol=1e-5)
+            there = other.get_parameter(name)
+            assert len(there) == 2 if name in heads else torch.allclose(there, p, atol=1e-5)
         wrong = trained / ("msdnet" if arch == "universal" else "universal") / "checkpoint.pt"
         assert "--init" in refused(capfd, init=wrong, out=tmp_path / "wrong", **TINY[arch], **QUICK)
         assert not (tmp_path / "wrong").exists()
@@ -832,7 +781,7 @@ class TestTraining:
     @each_method
     @rows("arch, n", [("msdnet", 1), ("universal", 4), ("switchable", 3)])
     def test_gradients_of_a_step_are_those_of_the_whole_loss_at_once(self, arch, n, method, monkeypatch):
-        monkeypatch.setattr(ipkd_ta, "sandwich_widths", lambda *args: list(DRAWN))
+        monkeypatch.setattr(ipkd_ta, "sandwich_widths", lambda *args, **kwargs: list(DRAWN))
         x, y, at_once, model = images_of(8), torch.arange(8), tiny_model(arch), tiny_model(arch)
         passes = [*at_once.training_passes(x, lambda low, high: DRAWN)]
         whole = ipkd_ta_loss([z for logits in reversed(passes) for z in logits], y, method, 0.5)
@@ -843,26 +792,23 @@ class TestTraining:
         assert len(passes) == n
 
     def test_only_one_width_s_activations_are_alive_at_a_time(self):
-        model, x, y = tiny_model("switchable"), images_of(4), torch.arange(4)
+        model, x, y, alive, peaks = tiny_model("switchable"), images_of(4), torch.arange(4), [], []
 
         class Saved:                             # a tensor that is kept for the backward pass
-            alive = most = 0
-
             def __init__(self, tensor):
-                self.tensor, Saved.alive = tensor, Saved.alive + 1
-                Saved.most = max(Saved.most, Saved.alive)
+                self.tensor = tensor
+                alive.append(None)
+                peaks[-1] = max(peaks[-1], len(alive))
 
             def __del__(self):
-                Saved.alive -= 1
+                alive.pop()
 
-        def most_saved(step):
-            Saved.most = 0
+        for step in (lambda: ipkd_ta_loss([model(x, 0.15)], y).backward(),
+                     lambda: ipkd_ta.train_step(model, x, y, config("switchable"), 0.5, NO_SCALER, None)):
+            peaks.append(0)
             with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
                 step()
-            return Saved.most
-        largest = most_saved(lambda: ipkd_ta_loss([model(x, 0.15)], y).backward())
-        whole = most_saved(lambda: ipkd_ta.train_step(model, x, y, config("switchable"), 0.5, NO_SCALER, None))
-        assert 0 < whole < 1.2 * largest
+        assert 0 < peaks[1] < 1.2 * peaks[0]     # of the largest width only, and of the whole step
 
     @rows("schedule, warmup, factors", [
         ("multistep", 0, [1, 1, 0.1, 0.01]), ("linear", 0, [0.875, 0.625, 0.375, 0.125]),
@@ -896,8 +842,10 @@ class TestTraining:
         assert [line.split() for line in end.splitlines()[1:]] == [
             [s["name"], f"{s['macs'] / 1e6:.2f}", f"{s['params']:,}", *(f"{s[k]:.2f}" for k in ("top1", "top5")),
              f"{s['loss']:.4f}"] for s in subs]
-        assert all(name in start.replace("-", "_") for name in ("lr", "lr_warmup", "schedule", "weight_decay", *(
-            () if method == "ce" else ("kd_weight", "kd_warmup", "temperature")))) and method in start
+        digest = hashlib.sha256((HERE / "ipkd_ta.py").read_bytes()).hexdigest()
+        expected = {"ipkd_ta": ipkd_ta.__version__, "sha256": digest[:12], "torch": torch.__version__}
+        assert found["versions"].items() >= expected.items()
+        assert f"method {method}" in start and ("kd_weight" in start) == (method != "ce")
 
     @each_network
     @rows("weight_decay", [1e-4, 0.3, 0.0])
@@ -938,18 +886,15 @@ class TestTraining:
         def spoil(model, *args):
             count.append(1)
             loss = real(model, *args)
-            if len(count) == step and spoiled != "loss":
-                next(model.parameters() if spoiled == "weights" else model.buffers()).data.fill_(math.nan)
-            return loss * math.nan if len(count) == step and spoiled == "loss" else loss
+            if len(count) == step:
+                victims = {"loss": iter([loss]), "weights": model.parameters(), "statistics": model.buffers()}
+                next(victims[spoiled]).data.fill_(math.nan)
+            return loss
         monkeypatch.setattr(ipkd_ta, "train_step", spoil)
         err = refused(capfd, "--out", tmp_path, **TINY["msdnet"], **{**QUICK, "epochs": 3})
         good = read(tmp_path / "checkpoint.pt")
         assert "diverged" in err and "epoch 2" in err and "--lr than 0.1" in err
         assert good["epoch"] == 1 and all(value.isfinite().all() for value in good["model"].values())
-
-    def test_a_divergence_in_the_last_step_writes_no_results(self, tmp_path, capfd):
-        options = {**TINY["msdnet"], **QUICK, "batch_size": 40, "lr": 1e6, "lr_warmup": 0, "weight_decay": 1e6}
-        assert "diverged" in refused(capfd, out=tmp_path, **options) and not (tmp_path / "results.json").exists()
 
     @needs_cuda
     @rows("amp", ["auto", "off", "bf16", "fp16"])
@@ -1017,16 +962,10 @@ def write_result(root, method, seed, top1, **config):
     return directory
 
 
-def report(capsys, *args):
-    """The tables of a report: [(heading, {first cell: other cells}, text below)]."""
+def report(capsys, *directories):
     capsys.readouterr()
-    assert run("--report", *args) == 0
-    found = []
-    for part in capsys.readouterr().out.split("### ")[1:]:
-        heading, *lines = part.splitlines()
-        cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
-        found.append((heading, {row[0]: row[1:] for row in cells}, part.rsplit("|", 1)[1].strip()))
-    return found
+    assert run("--report", *directories) == 0
+    return capsys.readouterr().out
 
 
 class TestReport:
@@ -1036,23 +975,20 @@ class TestReport:
             write_result(tmp_path, "ipkd-ta", seed, [ta, ta + 2])
         for seed in (2, 7):                      # one has a pair
             write_result(tmp_path, "ipkd", seed, [89.0, 90.0])
-        (heading, table, below), = report(capsys, tmp_path, tmp_path / "ce-0-0")       # a run named twice counts once
-        assert heading.startswith("msdnet on cifar10") and "50,000" in heading and "300 epochs" in heading
-        assert table["top-1 %"] == ["exit-1", "exit-2", "mean"] and table["MMACs"][:2] == ["1.00", "2.00"]
-        assert table["ce (3)"] == ["91.00 ± 1.00", "92.00 ± 1.00", "91.50 ± 1.00"]
-        assert table["ipkd (2)"] == ["89.00 ± 0.00", "90.00 ± 0.00", "89.50 ± 0.00"]
-        assert table["ipkd-ta (3)"] == ["91.70 ± 0.82", "93.70 ± 0.82", "92.70 ± 0.82"]
-        for pair, mean in (("ipkd-ta - ce", "+1.20, 95 % interval +0.54 to +1.86"), ("ipkd - ce", "-3.00"),
-                           ("ipkd-ta - ipkd", "+4.10")):                 # of the first: 1.5, 1, 1.1, t 4.30
-            assert re.search(rf"{pair}, .* {re.escape(mean)} \(", below)
+        out = report(capsys, tmp_path, tmp_path / "ce-0-0")              # a run named twice counts once
+        for text in ("### msdnet on cifar10: 50,000 images, 300 epochs", "| top-1 % | exit-1 | exit-2 | mean |",
+                     "| MMACs | 1.00 | 2.00 |  |", "| ce (3) | 91.00 ± 1.00 | 92.00 ± 1.00 | 91.50 ± 1.00 |",
+                     "| ipkd (2) | 89.00 ± 0.00 | 90.00 ± 0.00 | 89.50 ± 0.00 |",
+                     "| ipkd-ta (3) | 91.70 ± 0.82 | 93.70 ± 0.82 | 92.70 ± 0.82 |",
+                     "ipkd-ta - ce, mean of the sub-models: +1.20, 95 % interval +0.54 to +1.86 (",    # t: 4.30
+                     "ipkd - ce, mean of the sub-models: -3.00 (", "ipkd-ta - ipkd, mean of the sub-models: +4.10 ("):
+            assert text in out and out.count(text) == 1
 
     @pytest.mark.skipif(not (HERE / ".github/results").is_dir(), reason="needs .github/results beside this file")
     def test_the_tables_of_the_readme_are_those_of_the_runs_in_the_repository(self, capsys):
         text, found = (HERE / "README.md").read_text(encoding="utf-8"), 0
         for directory in re.findall(r"--report (\.github/results/\S+?)`", text):
-            capsys.readouterr()
-            assert run("--report", HERE / directory) == 0
-            for table in re.findall(r"(?:^\|.*\n)+", capsys.readouterr().out, re.MULTILINE):
+            for table in re.findall(r"(?:^\|.*\n)+", report(capsys, HERE / directory), re.MULTILINE):
                 assert table in text
                 found += 1
         assert found >= 2 and text.count("| top-1 % |") == found
@@ -1061,7 +997,7 @@ class TestReport:
         first, twin, _ = (write_result(tmp_path, "ce", *run) for run in ((0, [90.0]), (0, [91.0]), (1, [92.0])))
         err = io.StringIO()
         monkeypatch.setattr(sys, "stderr", err)
-        assert report(capsys, tmp_path)[0][1]["ce (2)"][0] == "91.00 ± 1.41"
+        assert "| ce (2) | 91.00 ± 1.41 |" in report(capsys, tmp_path)
         assert str(first) in err.getvalue() and str(twin) in err.getvalue() and err.getvalue().count("\n") == 1
 
     @rows("content", [
@@ -1074,8 +1010,7 @@ class TestReport:
         (tmp_path / "results.json").write_bytes(content)
         assert f"'{tmp_path / 'results.json'}'" in refused(capfd, "--report", tmp_path)
 
-    @rows("suffix, start", [("svg", b"<?xml"), ("png", b"\x89PNG")])
-    def test_a_plot_has_a_panel_for_each_setting_and_a_line_for_each_method(self, suffix, start, tmp_path, monkeypatch):
+    def test_a_plot_has_a_panel_for_each_setting_and_a_line_for_each_method(self, tmp_path, monkeypatch):
         figure, drawn = pytest.importorskip("matplotlib.figure").Figure, []
         monkeypatch.setattr("matplotlib.figure.Figure", lambda **kwargs: drawn.append(figure(**kwargs)) or drawn[-1])
         for seed, (ce, ta) in enumerate([(90.0, 91.0), (92.0, 95.0)]):
@@ -1084,15 +1019,15 @@ class TestReport:
             budgets = [{"macs": 5e5 + seed, "top1": ce}, {"macs": 15e5, "top1": ce + 1}]
             (tmp_path / f"ce-{seed}-{2 * seed}/budget.json").write_text(json.dumps({"budgets": budgets}))
         write_result(tmp_path, "ipkd", 0, [80.0], lr=0.2)
-        assert run("--report", tmp_path, "--plot", tmp_path / f"picture.{suffix}") == 0
-        assert (tmp_path / f"picture.{suffix}").read_bytes().startswith(start)
-        panels = {"0.2" in axes.get_title(): axes for axes in drawn[0].axes}
-        for lr, methods in ((False, ["ce, early exit", "ce (2)", "ipkd-ta (2)"]), (True, ["ipkd (1)"])):
-            assert sorted(panels[lr].get_legend_handles_labels()[1]) == sorted(methods)
-        curve, = (line for line in panels[False].lines if line.get_label() == "ce, early exit")
+        assert run("--report", tmp_path, "--plot", tmp_path / "a.png") == 0
+        assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+        panels, labels = {"0.2" in axes.get_title(): axes for axes in drawn[0].axes}, drawn[0].legends[0].get_texts()
+        assert sorted(text.get_text() for text in labels) == ["ce", "ce, early exit", "ipkd", "ipkd-ta"]
+        assert len(panels[True].containers) == 1 and len(panels[False].containers) == 2
+        curve, = (line for line in panels[False].lines if line.get_linewidth() == 0.8)
         assert curve.get_xydata().tolist() == [pytest.approx([0.5, 91], abs=1e-5), pytest.approx([1.5, 92])]
         line, _, (bars,) = panels[False].containers[1]
-        assert line.get_ydata().tolist() == [93, 95] and list(line.get_xdata()) == pytest.approx([1, 2], rel=0.03)
+        assert line.get_xydata().tolist() == [[1, 93], [2, 95]]
         assert [bar[:, 1].tolist() for bar in bars.get_segments()] == [  # the deviation of 91 and 95
             pytest.approx([mean - 8**0.5, mean + 8**0.5]) for mean in (93, 95)]
 
@@ -1112,28 +1047,13 @@ def same_outcome(a, b):
     assert read(a / "metrics.jsonl") == read(b / "metrics.jsonl")
 
 
-def start(arch, out, *args, shell='exec "$@"', **changes):
-    """A process that trains a tiny network."""
-    program = """import sys, ipkd_ta
-draw = ipkd_ta.draw_shapes
-ipkd_ta.draw_shapes = lambda n, seed: draw(50 if seed else n, seed)
-sys.exit(ipkd_ta.main(sys.argv[1:]))"""
-    words = ["sh", "-c", shell, "sh", sys.executable, "-c", program, "--out", out, *args]
-    words += flags({**TINY[arch], **QUICK, **changes})
-    return subprocess.Popen(words, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
 def table_of(capfd):
-    """The table of sub-models that was printed: {name: figures}."""
-    return {line.split()[0]: line.split()[1:] for line in capfd.readouterr().out.splitlines()
-            if re.match(r"(exit|width)-\S+ ", line)}
+    """The table of sub-models that was printed, {name: figures}, and all that was printed."""
+    out = capfd.readouterr().out
+    return {line.split()[0]: line.split()[1:] for line in out.splitlines() if re.match(r"(exit|width)-\S+ ", line)}, out
 
 
-class Code:
-    """Unpickled, it makes a directory."""
-
-    def __reduce__(self):
-        return os.mkdir, ("executed",)
+CODE = type("Code", (), {"__reduce__": lambda self: (os.mkdir, ("executed",))})()      # unpickled, it makes a directory
 
 
 class TestResume:
@@ -1146,21 +1066,17 @@ class TestResume:
     def test_a_run_that_dies_at_any_point_is_resumed_to_the_same_bits(
             self, arch, owner, name, calls, error, trained, tmp_path, capfd):
         out, status = tmp_path / "run", None
-        with dying(owner, name, calls, error):
-            try:
-                status = train_tiny(arch, out, "--resume", epochs=3)
-            except Killed:
-                pass
+        with dying(owner, name, calls, error), suppress(Killed):
+            status = train_tiny(arch, out, "--resume", epochs=3)
         assert status == (130 if error is KeyboardInterrupt else None)
         assert capfd.readouterr().err == (f"stopped; go on with --resume --out {out}\n" if status else "")
         assert train_tiny(arch, out, "--resume", epochs=3) == 0
         same_outcome(out, trained / arch)
 
     @rows("owner, name, error, message", [
-        (ipkd_ta, "train_step", torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), "--batch-size"),
-        (ipkd_ta, "train_step", MemoryError(), "--batch-size"),
-        (ipkd_ta, "train_step", RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate "
-                                             "memory: you tried to allocate 9 bytes.\nError code 12"), "--batch-size"),
+        *((ipkd_ta, "train_step", error, "--batch-size") for error in (
+            MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."),
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.\nError code 12"))),
         (os, "fsync", OSError(28, "No space left on device"), "No space left"),
         (os, "replace", PermissionError(13, "Permission denied"), "Permission denied")])
     def test_too_little_memory_or_disk_is_one_line_and_the_last_checkpoint_stays(
@@ -1175,30 +1091,12 @@ class TestResume:
         with dying(ipkd_ta, "train_step", 1, RuntimeError("shapes")), pytest.raises(RuntimeError, match="shapes"):
             train_tiny("msdnet", tmp_path)
 
-    def test_a_process_killed_at_random_moments_ends_with_the_same_bits(self, trained, tmp_path):
-        draw, kills, out = random.Random(0), 0, tmp_path / "run"
-        while kills < int(os.environ.get("IPKD_TA_KILLS", 2)):
-            process = start("universal", out, "--resume", epochs=3)
-            for line in process.stdout:                                  # the start, then a while at random
-                if line.startswith("writing to"):
-                    break
-            time.sleep(read(trained / "universal/results.json")["seconds"] * draw.random())
-            process.kill()
-            assert process.communicate()[1] == "" and process.returncode in (0, -9)
-            kills += process.returncode != 0
-            if process.returncode == 0:                                  # it ended before: from the start again
-                same_outcome(out, trained / "universal")
-                shutil.rmtree(out)
-        assert train_tiny("universal", out, "--resume", epochs=3) == 0
-        same_outcome(out, trained / "universal")
-
     @rows("mode", ["--eval", "--resume"])
     @rows("damage", [
         lambda good: b"", lambda good: bytes(range(256)) * 10, lambda good: good[:-1000],
         lambda good: good[:9000] + bytes([good[9000] ^ 1]) + good[9001:],
-        # parts marked as directories, for which torch.load gives unset memory
         lambda good: re.sub(rb"(PK\x01\x02.{34})(.)", lambda m: m[1] + bytes([m[2][0] | 0x10]), good, flags=re.DOTALL),
-        {"model": {}}, {"model": Code()}, {"mean": (0.5, 0.5, 0.5)}, {"config": []}, {"config": {"channels": 6}},
+        {"model": {}}, {"model": CODE}, {"mean": (0.5, 0.5, 0.5)}, {"config": []}, {"config": {"channels": 6}},
         {"config": {"arch": "vgg"}}, {"config": {"exits": "many"}}])
     def test_a_damaged_or_foreign_checkpoint_is_named_and_its_code_is_not_run(
             self, damage, mode, trained, tmp_path, monkeypatch, capfd):
@@ -1229,15 +1127,11 @@ if words[0] == "--report":
     sys.exit(print("report of", words[1]))
 print("trains", flush=True)
 out = pathlib.Path(words[words.index("--out") + 1])
-again = (out / "words").exists()
+again = out.exists()
 out.mkdir(parents=True, exist_ok=True)
+(out / "words").write_text(" ".join(words))
 (out / "pid").write_text(str(os.getpid()))
-for _ in range(100):                             # until another one runs as well
-    together = len(list(out.parent.glob("*/pid"))) > 1
-    time.sleep(0 if together else 0.05)
-(out / "words").write_text(" ".join([*words, "side by side" * together]))
 time.sleep(float(os.environ["SLEEP"]))
-(out / "pid").unlink()
 if "--seed 1" in " ".join(words) and not again:
     sys.exit(3)
 (out / "results.json").touch()
@@ -1245,38 +1139,33 @@ if "--seed 1" in " ".join(words) and not again:
 needs_script = pytest.mark.skipif(not (HERE / "run_cifar.sh").exists(), reason="needs run_cifar.sh beside this file")
 
 
-def run_cifar(folder, *words, SLEEP="0.2", **variables):
-    """A finished process of run_cifar.sh, or one that sleeps, with a stand-in for training; called from `folder`."""
+def run_cifar(folder, *words, **variables):
+    """A process of run_cifar.sh with a stand-in for training, called from `folder`. Ctrl-C reaches it in any case."""
     python = folder / "python"
     python.write_text(f"#!{sys.executable}\n{STAND_IN}")
     python.chmod(0o755)
-    process = subprocess.Popen(["bash", HERE / "run_cifar.sh", *words], cwd=folder, text=True, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, env={**os.environ, "PYTHON": str(python), "SEEDS": "0 1",
-                               "DATASETS": "my_photos", "METHODS": "ce ipkd-ta", "ARCHS": "msdnet", "SLEEP": SLEEP,
-                               **variables},     # Ctrl-C reaches it even where this process ignores it
-                               preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL))
-    if SLEEP == "0.2":
-        process.wait()
-    return process
+    variables = {"PYTHON": str(python), "SEEDS": "0 1", "DATASETS": "my_photos", "METHODS": "ce ipkd-ta",
+                 "ARCHS": "msdnet", "JOBS": "2", "OUT": "runs", "SLEEP": "0.2", **variables}
+    return subprocess.Popen(["bash", HERE / "run_cifar.sh", *words], cwd=folder, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, env={**os.environ, **variables},
+                            preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL))
 
 
-class Gone(io.StringIO):
-    """A stream without a reader."""
-
-    def write(self, text):
-        raise BrokenPipeError(32, "Broken pipe")
+def without_reader():
+    reader, writer = os.pipe()
+    os.close(reader)
+    return os.fdopen(writer, "w")
 
 
 class TestCommandLine:
-    @rows("shell", ['exec "$@"', 'exec "$@" >&-', 'exec "$@" 2>&-'])
-    def test_a_process_comes_to_its_end_though_nobody_reads_or_a_stream_is_closed(self, shell, trained, tmp_path):
-        process = start("msdnet", tmp_path / "run", epochs=3, shell=shell)
-        process.stdout.readline()
-        process.stdout.close()
-        assert process.stderr.read() == "" and process.wait() == 0
-        same_outcome(tmp_path / "run", trained / "msdnet")
+    @rows("redirect", ["| head -n 1", ">&-", "2>&-"])
+    def test_a_process_comes_to_its_end_though_nobody_reads_or_a_stream_is_closed(self, redirect, tmp_path):
+        words = [sys.executable, HERE / "ipkd_ta.py", *flags({**TINY["msdnet"], **QUICK, "out": tmp_path / "run"})]
+        command = f"set -o pipefail; {shlex.join(map(str, words))} {redirect}"
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "") and (tmp_path / "run/results.json").exists()
 
-    @rows("make", [lambda: None, Gone, *(
+    @rows("make", [lambda: None, without_reader, *(
         lambda e=e: io.TextIOWrapper(io.BytesIO(), encoding=e) for e in ("ascii", "cp1252", "gbk"))])
     @rows("stream", ["stdout", "stderr"])
     def test_nothing_is_lost_because_a_line_cannot_be_printed(self, stream, make, tmp_path, monkeypatch):
@@ -1286,23 +1175,18 @@ class TestCommandLine:
         for seed in (1, 2):
             write_result(out, "ce", seed, [50.0])
         assert run("--report", out) == 0
-        if stream == "stdout" and hasattr(file, "buffer"):
+        if stream == "stdout" and isinstance(getattr(file, "buffer", None), io.BytesIO):
             assert "| ce (2) |" in file.buffer.getvalue().decode(file.encoding)
 
     @each_network
     def test_eval_repeats_the_table_of_the_run_and_reads_only_its_test_images(self, arch, tmp_path, capfd):
         data, out = write_images(tmp_path / "data", n=30), tmp_path / "run"
         assert train_tiny(arch, out, dataset="folder", data_dir=data) == 0
-        printed = table_of(capfd)
+        printed, _ = table_of(capfd)
         shutil.rmtree(data / "train")
         before = sorted(tmp_path.rglob("*"))
         assert run("--eval", out / "checkpoint.pt") == 0
-        assert table_of(capfd) == printed and len(printed) == 3 and sorted(tmp_path.rglob("*")) == before
-
-    def test_results_name_the_version_a_hash_of_the_file_and_torch_s_version(self, trained):
-        digest = hashlib.sha256((HERE / "ipkd_ta.py").read_bytes()).hexdigest()
-        expected = {"ipkd_ta": ipkd_ta.__version__, "sha256": digest[:12], "torch": torch.__version__}
-        assert read(trained / "msdnet/results.json")["versions"].items() >= expected.items()
+        assert table_of(capfd)[0] == printed and len(printed) == 3 and sorted(tmp_path.rglob("*")) == before
 
     @rows("words, message", [
         ("--eval {}/msdnet/checkpoint.pt --widths 0.1", "--widths"),
@@ -1311,7 +1195,6 @@ class TestCommandLine:
         ("--eval {}/msdnet/checkpoint.pt --data-dir d", "--data-dir"),
         ("--eval {}/msdnet/checkpoint.pt --export a --sub-model exit-9", "exit-1, exit-2"),
         ("--eval {}/universal/checkpoint.pt --export a.pt2 --sub-model width-9", "--sub-model width-9"),
-        ("--eval {}/msdnet/checkpoint.pt --export {}/msdnet/checkpoint.pt --overwrite", "checkpoint.pt"),
         ("--eval {}/msdnet/checkpoint.pt --export {}/msdnet/results.json", "results.json' exists"),
         ("--resume --out {}/msdnet --lr 0.2 --epochs 4", "--epochs 3, not 4; --lr 0.1, not 0.2"),
         ("--resume --out {}/universal --widths 0.5 1", "--widths"), ("--resume --out typo --device cpu", "no run"),
@@ -1337,12 +1220,10 @@ class TestCommandLine:
 
     def test_two_runs_that_begin_at_once_in_an_empty_place_get_a_directory_each(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
-        build, both, statuses = ipkd_ta.build_model, threading.Barrier(2), []
+        build, both = ipkd_ta.build_model, threading.Barrier(2)
         monkeypatch.setattr(ipkd_ta, "build_model", lambda *args: both.wait(60) and None or build(*args))
-        threads = [threading.Thread(target=lambda: statuses.append(run(**TINY["msdnet"], **QUICK))) for _ in range(2)]
-        for act in (threading.Thread.start, threading.Thread.join):
-            for thread in threads:
-                act(thread)
+        with ThreadPoolExecutor() as pool:
+            statuses = [*pool.map(lambda _: run(**TINY["msdnet"], **QUICK), range(2))]
         assert statuses == [0, 0] and {path.name: len(list(path.iterdir())) for path in Path("runs").iterdir()} == {
             "msdnet-shapes-ipkd-ta-seed0": 4, "msdnet-shapes-ipkd-ta-seed0-2": 4}
 
@@ -1351,9 +1232,7 @@ class TestCommandLine:
         for words in (["--eval", trained / arch / "checkpoint.pt"], flags({**TINY[arch], "image_size": 40})):
             capfd.readouterr()
             assert run("--benchmark", *words, batch_size=4) == 0
-            out, results = capfd.readouterr().out, read(trained / arch / "results.json")["sub_models"]
-            found = {line.split()[0]: line.split()[1:] for line in out.splitlines()
-                     if re.match(r"(exit|width)-\S+ ", line)}
+            results, (found, out) = read(trained / arch / "results.json")["sub_models"], table_of(capfd)
             assert list(found) == [sub["name"] for sub in results] and "epoch 2/2" in out and "peak memory" in out
             for sub in results if words[0] == "--eval" else ():
                 mmacs, params, median, slow, rate, top1 = found[sub["name"]]
@@ -1363,7 +1242,7 @@ class TestCommandLine:
     def test_eval_measures_any_widths_of_a_universal_model(self, trained, capfd):
         capfd.readouterr()
         assert run("--eval", trained / "universal/checkpoint.pt", "--widths", 0.05, 0.12) == 0
-        found, first = table_of(capfd), read(trained / "universal/results.json")["sub_models"][0]
+        (found, _), first = table_of(capfd), read(trained / "universal/results.json")["sub_models"][0]
         assert list(found) == ["width-0.05", "width-0.12"] and found["width-0.05"][2] == f"{first['top1']:.2f}"
 
     def test_a_run_with_validation_images_writes_its_budgets_and_eval_repeats_them(self, tmp_path, capfd):
@@ -1382,53 +1261,44 @@ class TestCommandLine:
         assert before == {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
         assert read(tmp_path / "config.json")["seed"] == 2
 
-    def test_exported_programs_run_without_this_project_and_give_the_same_logits(self, trained, tmp_path):
-        expected, x = {}, images_of(3)
-        for arch, file, name, which, more in (("msdnet", "exit-2", "exit-2", 2, ["--fold-bn"]),
-                                              ("universal", "a.pt2", "width-0.12", 0.12, [])):
-            model = ipkd_ta.load_checkpoint(trained / arch / "checkpoint.pt")[1]
-            model.calibrate(ipkd_ta.calibration_batches(ipkd_ta.load_data("shapes", train_size=40)), [which])
-            expected[file] = ipkd_ta.extract(model, which)(x).detach()
-            words = ["--eval", trained / arch / "checkpoint.pt", "--export", tmp_path / file, "--sub-model", name]
-            assert run(*words, *more) == 0
-        torch.save((x, expected), tmp_path / "expected.pt")
-        program = """import io, json, pathlib, sys, torch
-x, expected = torch.load("expected.pt")
-for file, z in expected.items():
-    about = {"about.json": ""}
-    program = torch.export.load(io.BytesIO(pathlib.Path(file).read_bytes()), extra_files=about)
-    assert program.graph_signature.user_inputs == ("images",)
-    assert max((program.module()(x[:n]) - z[:n]).abs().max() for n in (1, 3)) < 1e-4
-    about = json.loads(about["about.json"])
-    assert len(about["classes"]) == 10 and about["image_size"] == 32
-    print(about["sub_model"], "ipkd_ta" in sys.modules)"""
-        done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
-        assert done.stdout.split() == ["exit-2", "False", "width-0.12", "False"], done.stderr
+    @rows("arch, name, which, more", [("msdnet", "exit-2", 2, ["--fold-bn"]), ("universal", "width-0.12", 0.12, [])])
+    def test_an_exported_program_gives_the_sub_model_s_logits_for_any_batch_and_knows_what_it_is(
+            self, arch, name, which, more, trained, tmp_path):
+        path, x, about = trained / arch / "checkpoint.pt", images_of(3), {"about.json": ""}
+        assert run("--eval", path, "--export", tmp_path / "a.pt2", "--sub-model", name, *more) == 0
+        model = ipkd_ta.load_checkpoint(path)[1]
+        model.calibrate(ipkd_ta.calibration_batches(ipkd_ta.load_data("shapes", train_size=40)), [which])
+        program = torch.export.load(tmp_path / "a.pt2", extra_files=about)
+        assert program.graph_signature.user_inputs == ("images",)
+        for n in (1, 3):
+            assert_close(program.module()(x[:n]), ipkd_ta.extract(model, which)(x[:n]), rtol=0, atol=1e-4)
+        about = json.loads(about["about.json"])
+        assert (about["sub_model"], len(about["classes"]), about["image_size"]) == (name, 10, 32)
 
     @needs_script
     def test_run_cifar_runs_side_by_side_skips_what_is_finished_and_repeats_what_failed(self, tmp_path):
-        first, second = (run_cifar(tmp_path, "--kd-weight", "0.3", "--lr=0.1", JOBS="2", OUT="runs") for _ in range(2))
+        (out, err), (out_again, _) = (run_cifar(tmp_path, "--kd-weight", "0.3", "--lr=0.1").communicate() for _ in "12")
         words = {path.parent.name: path.read_text() for path in tmp_path.glob("runs/*/words")}
-        assert len(words) == 4 and (first.wait(), second.wait()) == (1, 0)
-        out, err, out_again = first.stdout.read(), first.stderr.read(), second.stdout.read()
+        assert len(words) == 4 == len(list(tmp_path.glob("runs/*/results.json")))
+        assert [line.split()[-1] for line in out.splitlines()[:2]] == ["begins", "begins"]     # two side by side
         for name, text in words.items():
             arch, method, seed = re.fullmatch(r"(\w+)-my_photos-(.+)-seed(\d)", name).groups()
             assert f"--arch {arch} --method {method} --seed {seed}" in text and "--lr=0.1" in text
             assert ("--kd-weight 0.3" in text) == (method != "ce") and "--dataset folder --data-dir my_photos" in text
-            assert "side by side" in text and (tmp_path / f"runs/{name}.log").read_text().startswith("trains\n")
+            assert (tmp_path / f"runs/{name}.log").read_text().startswith("trains\n")
             assert f"{name}: begins" in out and f"{name}: ends with status {'3' if seed == '1' else '0'}" in out
             assert f"{name}: {'begins' if seed == '1' else 'already finished'}" in out_again
         assert "failed: msdnet-my_photos-ce-seed1" in err and "report of runs" in out and "report of runs" in out_again
 
     @needs_script
     def test_ctrl_c_ends_all_runs_of_run_cifar(self, tmp_path):
-        process = run_cifar(tmp_path, JOBS="2", SLEEP="100")
-        while len(list(tmp_path.glob("runs/cifar/*/pid"))) < 2:
+        process = run_cifar(tmp_path, SLEEP="100")
+        while len(list(tmp_path.glob("runs/*/pid"))) < 2:
             assert process.poll() is None
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
         assert process.wait() == 130 and "call it again" in process.stderr.read()
-        for path in tmp_path.glob("runs/cifar/*/pid"):
+        for path in tmp_path.glob("runs/*/pid"):
             with pytest.raises(ProcessLookupError):
                 os.kill(int(path.read_text()), 0)
 
@@ -1449,9 +1319,6 @@ for file, z in expected.items():
                 exec(example, {"__name__": "__main__"})
                 ran += re.findall("^café|^dog", capfd.readouterr().out)
         assert len(ran) == 1 + len(files) and len({*ran[:len(files)]}) == 1        # all exports agree
-
-TORCHRUN = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}
-
 
 TOGETHER = """
 import os, signal, sys, torch, ipkd_ta, test_ipkd_ta as tests
@@ -1476,7 +1343,7 @@ sys.exit(tests.train_tiny("msdnet", out + "/run", epochs=3))
 def weights_after_some_steps(arch, out):
     """Parameters after three steps on 7 images, with BatchNorm by fixed statistics, in float64."""
     with float64(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ipkd_ta, "sandwich_widths", lambda *args: list(DRAWN))
+        patch.setattr(ipkd_ta, "sandwich_widths", lambda *args, **kwargs: list(DRAWN))
         data, model = ipkd_ta.load_data("shapes", train_size=21), tiny_model(arch)
         model.calibrate([images_of(8)], DRAWN if arch == "universal" else None)
         model.train = lambda mode=True: nn.Module.train(model, False)
@@ -1512,7 +1379,7 @@ class TestProcesses:
         assert torch.load(together / "found-0.pt")["evaluation"] == [pytest.approx(sub, rel=1e-5) for sub in expected]
         capfd.readouterr()
         assert run("--eval", together / "whole/checkpoint.pt") == 0
-        found, results = table_of(capfd), read(together / "whole/results.json")
+        (found, _), results = table_of(capfd), read(together / "whole/results.json")
         for sub in results["sub_models"]:
             assert [float(figure) for figure in found[sub["name"]][2:]] == [
                 pytest.approx(sub[name], abs=0.006) for name in ("top1", "top5", "loss")]
@@ -1523,13 +1390,11 @@ class TestProcesses:
         assert not (out / "results.json").exists() and run("--resume", "--out", out) == 0
         assert "resuming after 2 epochs" in capfd.readouterr().out and read(out / "results.json")["processes"] == 1
 
-    @rows("variables, printed", [
-        *(({name: value for name, value in TORCHRUN.items() if name != missing}, True) for missing in TORCHRUN),
-        (TORCHRUN, False), ({**TORCHRUN, "RANK": "0"}, True), ({"TORCHELASTIC_RUN_ID": "none"}, True)])
+    @rows("missing, rank, printed", [("", 0, True), ("", 1, False), ("RANK", 1, True), ("MASTER_PORT", 1, True)])
     def test_half_of_torchrun_s_variables_is_ignored_and_a_report_waits_for_no_other_process(
-            self, variables, printed, tmp_path, monkeypatch, capsys):
-        for name, value in variables.items():
-            monkeypatch.setenv(name, value)
+            self, missing, rank, printed, tmp_path, monkeypatch, capsys):
+        for name in {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} - {missing}:
+            monkeypatch.setenv(name, str(rank))
         monkeypatch.setattr(ipkd_ta.dist, "init_process_group", lambda *args, **kwargs: pytest.fail("waits for others"))
         write_result(tmp_path, "ce", 0, [90.0])
         assert run("--report", tmp_path) == 0 and ("### msdnet" in capsys.readouterr().out) == printed
