@@ -1325,7 +1325,7 @@ MODES = {  # what does the work, and the options that it takes; the first that i
     "export": (run_export, {"eval", "sub_model", "fold_bn", "data_dir"}),
     "benchmark": (benchmark, {"eval", *OPTIONS} - {"dataset", "data_dir", "train_size", "val_size", "epochs",
                                                    "eval_every", "init"}),
-    "eval": (run_evaluation, {"data_dir", "device", "widths", "val_size"}),
+    "eval": (run_evaluation, {"data_dir", "device", "widths"}),
     "resume": (run_training, {"out", *OPTIONS}),
     "train": (run_training, {"out", "overwrite", *OPTIONS})}
 
