@@ -685,13 +685,14 @@ def draw_shapes(n, seed, contrast=0.5, noise=0.2, depth=0.27):
 # a family: class, defaults, those on the shapes, memory format for a CPU, does all decay, are the sub-models exits
 NETWORKS = {
     "msdnet": SimpleNamespace(
-        cls=MSDNet, defaults=dict(epochs=300, schedule="multistep"), cpu_format=torch.contiguous_format,
-        shapes=dict(epochs=2, batch_size=32, schedule="cosine", exits=4, base=1, step=1, step_mode="lin_grow",
-                    channels=8, growth=4), decay_all=True, exits=True),
+        cls=MSDNet, cpu_format=torch.contiguous_format, decay_all=True, exits=True,
+        defaults=dict(epochs=300, schedule="multistep", kd_weight=0.9, temperature=2.0),
+        shapes=dict(epochs=2, batch_size=32, schedule="cosine", kd_weight=0.5, temperature=1.0, exits=4, base=1, step=1,
+                    step_mode="lin_grow", channels=8, growth=4)),
     "slimmable": SimpleNamespace(
-        cls=SlimmableMobileNetV1, defaults=dict(epochs=200, schedule="cosine", lr=0.4), cpu_format=torch.channels_last,
-        shapes=dict(epochs=10, batch_size=32, lr=0.1, eval_every=5, sandwich=3, widths=(0.125, 0.25, 0.375, 0.5)),
-        decay_all=False, exits=False),
+        cls=SlimmableMobileNetV1, cpu_format=torch.channels_last, decay_all=False, exits=False,
+        defaults=dict(epochs=200, schedule="cosine", lr=0.4),
+        shapes=dict(epochs=10, batch_size=32, lr=0.1, eval_every=5, sandwich=3, widths=(0.125, 0.25, 0.375, 0.5))),
 }
 DISTILLED, FILES = {"method": ("ipkd", "ipkd-ta")}, {"dataset": ("cifar10", "cifar100", "folder")}
 MSD, SLIM, FOLDER = {"arch": ("msdnet",)}, {"arch": ("slimmable",)}, {"dataset": ("folder",)}
@@ -704,7 +705,7 @@ def option(default, help, low=None, high=2**31 - 1, choices=None, only={}):
 
 @dataclass
 class Config:
-    """What a run is. InputError for a value of a wrong type or outside its range."""
+    """What a run is. InputError for a value of a wrong type or range."""
     arch: str = option("msdnet", "multi-exit MSDNet or slimmable MobileNet-V1", choices=tuple(NETWORKS))
     dataset: str = option("shapes", "built-in shapes, CIFAR, or a folder", choices=("shapes", *FILES["dataset"]))
     data_dir: str = option("data", "holds CIFAR, or train/<class>/*, test/<class>/* (or val)", only=FILES)
@@ -816,13 +817,13 @@ def train(cfg, model, data, out, checkpoint=None):
     rank, world_size = rank_and_world_size()
     device, (images, labels), accuracies = data.mean.device, data.splits["train"], None
 
-    # some parameters do not decay; fused is faster, but leaves the momentum unset when fp16's scaler skips a first step
+    # some parameters do not decay; fused is faster, but leaves momentum unset when fp16's scaler skips the first step
     groups = [{"params": [], "weight_decay": 0.0}, {"params": [], "weight_decay": cfg.weight_decay}]
     for p in model.parameters():
         groups[NETWORKS[cfg.arch].decay_all or p.ndim > 1 and p.shape[1] > 1]["params"].append(p)
     optimizer = torch.optim.SGD(groups, cfg.lr, momentum=0.9, nesterov=True, fused=cfg.amp != "fp16")
 
-    # two generators: one for the order of the images and the widths, one for the augmentation
+    # two generators: for the order of images and the widths, and for the augmentation
     rngs = order_rng, crop_rng = [torch.Generator().manual_seed(cfg.seed) for _ in range(2)]
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.amp == "fp16")
     first_epoch, metrics, mark = 0, [], 0
@@ -836,9 +837,9 @@ def train(cfg, model, data, out, checkpoint=None):
         first_epoch, metrics = checkpoint["epoch"], checkpoint["metrics"]
         say(f"resuming after {first_epoch} epochs")
 
-    # compile the training passes; a CUDA graph's gradients lie in memory of its own, so none are kept beyond a step
+    # compile the training passes; a CUDA graph's gradients lie in its own memory, so none are kept beyond a step
     if cfg.compile:
-        say("compiling at the first step, which takes minutes")
+        say("compiling, which takes minutes")
         model.compile(mode="reduce-overhead" if device.type == "cuda" else "default")
 
     # whole batches only: a step on a few images would count like a full one; each epoch leaves out others
@@ -867,7 +868,7 @@ def train(cfg, model, data, out, checkpoint=None):
             optimizer.zero_grad()
             total += loss
 
-            # how long it will take, by ten steps after the first five, which are slow everywhere
+            # how long it will take, by ten steps after the first five, which are slow
             if epoch == first_epoch and step in (4, 14):
                 total.item()  # waits for the device
                 mark, before = time.perf_counter(), mark
@@ -894,7 +895,7 @@ def train(cfg, model, data, out, checkpoint=None):
         if not all(t.isfinite().all() for t in (numbers, *model.parameters(), *model.buffers())):
             raise InputError(f"diverged in epoch {epoch + 1}, mean loss {loss:.4g}: try a lower --lr than {cfg.lr:g}")
 
-        # all that is needed to go on from here
+        # all that it takes to go on
         metrics.append(record)
         content = io.BytesIO()
         torch.save({"config": vars(cfg), "classes": data.classes, "mean": data.mean.cpu(), "std": data.std.cpu(),
@@ -1025,7 +1026,7 @@ def load_runs(directories):
         setting = [f"{cfg.arch} on {run.get('dataset', cfg.dataset)}: {cfg.train_size:,} images, {cfg.epochs} epochs"]
         method = [cfg.method]
         for f in fields(cfg):
-            if getattr(cfg, f.name) != getattr(default, f.name) and f.name not in (
+            if cfg.has_effect(f) and getattr(cfg, f.name) != getattr(default, f.name) and f.name not in (
                     "data_dir", "train_size", "epochs", "method", "seed", "device", "amp", "compile", "eval_every"):
                 (method if f.metadata["only"] == DISTILLED else setting).append(f"{f.name} {getattr(cfg, f.name)}")
         runs = settings.setdefault(", ".join(setting), {}).setdefault(", ".join(method), {})
@@ -1096,7 +1097,7 @@ def plot(settings, path):
 
 # ==== Runs and command line: files, checkpoints, export =======================
 
-PLACE = {"data_dir", "device"}  # where a run happens, not what it is: these may change on the way
+PLACE = {"data_dir", "device"}  # where a run happens: these may change on the way
 
 
 def write_file(path, content):
