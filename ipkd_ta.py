@@ -173,7 +173,7 @@ class SlimmableMobileNetV1(nn.Module):
     def forward(self, x, width=None):
         """x: (N, 3, H, W) -> logits (N, num_classes) of the sub-model of this width (default: the largest)."""
         if self.training and self.bn == "universal":
-            self.statistics.clear()  # the weights are about to change: they get wrong
+            self.statistics.clear()  # the weights are about to change
         width = self.trained[-1] if width is None else width
         return self.run(x, self.layers(width, measured=not self.training), self.training)
 
@@ -406,11 +406,11 @@ class MSDNet(nn.Module):
     def extract(self, k):  # see the function `extract`
         if not isinstance(k, int):
             raise ValueError(f"an exit of MSDNet must be a whole number, got {k}")
-        exit = fx.symbolic_trace(MSDExit(self.blocks[:k], self.heads[k - 1]))
-        exit.graph.eliminate_dead_code()  # lazy evaluation: not the finer scales that nothing reads any more
-        exit.delete_all_unused_submodules()
-        exit.recompile()
-        return copy.deepcopy(exit).eval()
+        traced = fx.symbolic_trace(MSDExit(self.blocks[:k], self.heads[k - 1]))
+        traced.graph.eliminate_dead_code()  # lazy evaluation: not the finer scales that nothing reads any more
+        traced.delete_all_unused_submodules()
+        traced.recompile()
+        return copy.deepcopy(traced).eval()
 
 
 # ==== Sub-models in use: extraction, early exit ===============================
@@ -447,7 +447,7 @@ def early_exit(model, images, thresholds):
     if model.training or len(thresholds) != len(model.heads) or any(map(math.isnan, thresholds)):
         raise ValueError(f"need eval mode, {len(model.heads)} thresholds; got training {model.training}, {thresholds}")
     predictions, exits = torch.zeros(2, len(images), dtype=torch.int64, device=images.device)
-    x, left = images, torch.arange(len(images), device=images.device)  # left: whom the rows of x belong to
+    x, left = images, torch.arange(len(images), device=images.device)  # left: the images of the rows of x
     for k, (block, head, threshold) in enumerate(zip(model.blocks, model.heads, thresholds), start=1):
         x = block(x)
         confidence, prediction = head(x[-1]).softmax(dim=1).max(dim=1)
@@ -490,7 +490,7 @@ class InputError(Exception):
 
 
 def say(text, stream="stdout"):
-    """Print at once. A stream that is absent, closed, of another encoding or without a reader ends no run."""
+    """Print at once. A stream that is absent, closed, of another encoding or without a reader does not end the run."""
     file = getattr(sys, stream)
     try:
         encoding = getattr(file, "encoding", None) or "utf-8"
@@ -515,8 +515,8 @@ def blaming(what, *kinds):
 
 @dataclass
 class Data:
-    """Splits "train", "test" and "val" (held out from training), those that were asked for, as images (N, 3, H, W)
-    uint8 and labels (N,) int64; mean and std (3,) of pixels scaled to [0, 1]."""
+    """Splits "train", "test" and "val" (held out from training) as images (N, 3, H, W) uint8 and labels (N,) int64;
+    mean and std (3,) of pixels scaled to [0, 1]."""
     splits: dict
     classes: list
     mean: torch.Tensor = None
@@ -627,7 +627,7 @@ def read_images(paths, size):
         except Exception as error:  # Pillow's decoders raise many types
             return f"'{paths[i]}' ({one_line(error)})"
 
-    say(f"reading {len(paths):,} images of {paths[0].parent.parent}")
+    say(f"reading {len(paths):,} images of {paths[0].parents[2]}")
     with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
         warnings.simplefilter("ignore")
         for i, fault in enumerate(pool.map(read, range(len(paths))), start=1):
@@ -686,7 +686,7 @@ def draw_shapes(n, seed, contrast=0.5, noise=0.2, depth=0.27):
 NETWORKS = {
     "msdnet": SimpleNamespace(
         cls=MSDNet, cpu_format=torch.contiguous_format, decay_all=True, exits=True,
-        defaults=dict(epochs=300, schedule="multistep", kd_weight=0.9, temperature=2.0),
+        defaults=dict(kd_weight=0.9, temperature=2.0),
         shapes=dict(epochs=2, batch_size=32, schedule="cosine", kd_weight=0.5, temperature=1.0, exits=4, base=1, step=1,
                     step_mode="lin_grow", channels=8, growth=4)),
     "slimmable": SimpleNamespace(
@@ -720,7 +720,7 @@ class Config:
     batch_size: int = option(64, "images per step, of all processes together", 1)
     lr: float = option(0.1, "highest learning rate of SGD", 1e-9, 1e6)
     lr_warmup: float = option(0.3, "share of training over which the learning rate rises from 0", 0, 1)
-    schedule: str = option("cosine", "multistep: x 0.1 at 1/2 and 3/4", choices=("multistep", "cosine", "linear"))
+    schedule: str = option("multistep", "multistep: x 0.1 at 1/2 and 3/4", choices=("multistep", "cosine", "linear"))
     weight_decay: float = option(1e-4, "of SGD; slimmable: only on full convolutions and the classifier", 0, 1e6)
     init: str = option("", "begin with the weights of this checkpoint.pt of the same network")
     eval_every: int = option(1, "epochs between evaluations; the last epoch is always evaluated", 1)
@@ -736,7 +736,7 @@ class Config:
     growth: int = option(6, "channels that a layer adds at the finest scale", 1, only=MSD)
     gradient_equilibrium: bool = option(False, "blocks get the mean of the exits' gradients, not the sum", only=MSD)
     widths: tuple = option((0.25, 0.5, 0.75, 1.0), "width multipliers ascending in (0, 1]: the sub-models", only=SLIM)
-    bn: str = option("universal", "BatchNorm: one, or one a width", choices=("universal", "switchable"), only=SLIM)
+    bn: str = option("universal", "BatchNorm: shared, or one a width", choices=("universal", "switchable"), only=SLIM)
     sandwich: int = option(4, "widths in a step: ends, others drawn", 2, only={**SLIM, "bn": ("universal",)})
 
     def __post_init__(self):
@@ -890,12 +890,12 @@ def train(cfg, model, data, out, checkpoint=None):
             record["top1"] = top1 = [accuracy["top1"] for accuracy in accuracies]
             line += f"  top-1 {names[0]} {top1[0]:.2f} %, {names[-1]} {top1[-1]:.2f} %"
 
-        # nothing that diverged is kept
+        # what diverged is not kept
         numbers = torch.tensor([loss, *(accuracy["loss"] for accuracy in accuracies or ())])
         if not all(t.isfinite().all() for t in (numbers, *model.parameters(), *model.buffers())):
             raise InputError(f"diverged in epoch {epoch + 1}, mean loss {loss:.4g}: try a lower --lr than {cfg.lr:g}")
 
-        # all that it takes to go on
+        # what it takes to go on
         metrics.append(record)
         content = io.BytesIO()
         torch.save({"config": vars(cfg), "classes": data.classes, "mean": data.mean.cpu(), "std": data.std.cpu(),
@@ -939,9 +939,9 @@ def evaluate(model, data, split="test"):
 
 
 def budgeted(model, data, image_size=32):
-    """Budgeted classification (Huang et al., ICLR 2018, section 4.2): early exit of the test images for a sweep of
-    budgets, by thresholds found on the validation images, exit k for a share in proportion to q^k. List of {"q", "macs"
-    (average, with all heads passed), "top1" in percent, "thresholds", "exits" (the shares that left there)}."""
+    """Budgeted classification (Huang et al., ICLR 2018, section 4.2): early exit of the test images by thresholds for
+    which exit k answers a share of the validation images in proportion to q^k. List of {"q", "macs" (average, with all
+    heads passed), "top1" in percent, "thresholds", "exits" (the shares that left there)}."""
     confidence, correct = {}, {}  # of a split: (K, N)
     for split in ("val", "test"):
         logits, labels = (t.cpu() for t in predict(model, data, split))
@@ -969,12 +969,12 @@ def clock(model, x, repeats):
 
 
 def benchmark(args, given, steps=20, classes=10):
-    """Print what every sub-model costs as it would be shipped, and what training costs, on random images."""
+    """Print what every sub-model costs, extracted and folded, and what training costs, on random images."""
     if "eval" in args:
         cfg, model, content = load_checkpoint(args["eval"])
         cfg, classes = make_config(given, replace(cfg, device="auto", amp="auto")), len(content["classes"])
-        if build_model(cfg, classes).state_dict().keys() != model.state_dict().keys():
-            raise InputError("--benchmark --eval: the options of the network are those of the checkpoint")
+        if given.keys() & inspect.signature(type(model)).parameters.keys():
+            raise InputError("--benchmark --eval takes the options of the network from the checkpoint")
     else:
         cfg, content = make_config({"dataset": "folder", **given}), {"metrics": [{}]}
         model = build_model(cfg, classes)
@@ -984,16 +984,18 @@ def benchmark(args, given, steps=20, classes=10):
     labels = torch.arange(len(images)) % classes
     data = Data({"train": (images, labels), "test": (images[:64], labels[:64])}, [*range(classes)], half, half)
     data, model = data.to(device, memory_format), model.to(device, memory_format=memory_format)
-    model.calibrate([data.normalise(data.splits["test"][0])])
+    x = data.normalise(data.splits["test"][0])
+    model.calibrate([x])
     rows = [("sub-model", "MMACs", "params", "ms, 1 image", "90th percentile", "images/s by 64", "top-1 %")]
     for k, sub in enumerate(model.eval().sub_models(size), start=1):
-        shipped, x = fold_bn(extract(model, k)), data.normalise(data.splits["test"][0])  # 64 images
+        shipped = fold_bn(extract(model, k))
         one, many = clock(shipped, x[:1], 100), clock(shipped, x, 10)
         rows.append((sub.name, sub.macs / 1e6, sub.params, median(one), one[90],
                      f"{64_000 / median(many):.0f}", top1[k - 1] if top1 else ""))
     say(f"random images of {size}x{size}, device {device}, {torch.get_num_threads()} threads")
     print_table(*rows)
-    with tempfile.TemporaryDirectory() as out:  # an epoch to warm up, one by the clock
+    say("training on random labels, to time it")
+    with tempfile.TemporaryDirectory() as out:
         train(cfg, model, data, Path(out))
     import resource  # not on every system
     used = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
@@ -1097,7 +1099,7 @@ def plot(settings, path):
 
 # ==== Runs and command line: files, checkpoints, export =======================
 
-PLACE = {"data_dir", "device"}  # where a run happens: these may change on the way
+PLACE = {"data_dir", "device"}  # where a run happens: may change on the way
 
 
 def write_file(path, content):
@@ -1129,7 +1131,7 @@ def load_checkpoint(path):
     with blaming(f"cannot read checkpoint '{path}'", Exception):  # torch raises many types
         with zipfile.ZipFile(path) as archive:
             if archive.testzip() or any(p.external_attr for p in archive.infolist()):  # torch.load looks at neither
-                raise ValueError("a checksum is wrong")
+                raise ValueError("damaged or changed")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         cfg = config_of(checkpoint["config"])
         model = build_model(cfg, len(checkpoint["classes"]))
@@ -1204,12 +1206,14 @@ def run_training(args, given):
         checkpoint = load_checkpoint(out / "checkpoint.pt")[2] if (out / "checkpoint.pt").exists() else None
         if checkpoint and checkpoint["epoch"] == cfg.epochs and (out / "results.json").exists():
             return say(f"the run in '{out}' is finished")
+    elif out and (out / "config.json").exists() and "overwrite" not in args:
+        raise InputError(f"--out '{out}' already holds a run: choose another, --resume or --overwrite")
 
     start = time.perf_counter()
     data = load_images(cfg, checkpoint)
     cfg.train_size = len(data.splits["train"][1])
-    if min(cfg.batch_size, cfg.train_size) < world_size:
-        raise InputError(f"--batch-size {cfg.batch_size} must be at least {world_size}, an image for each process")
+    if min(cfg.batch_size, cfg.train_size) < 2 * world_size:
+        raise InputError(f"--batch-size and the training images must be at least {2 * world_size}, 2 for each process")
 
     # the network, with weights of its own or of another run, whose classifiers serve only the same classes
     torch.manual_seed(cfg.seed)
@@ -1270,9 +1274,7 @@ def run_evaluation(args, given):
     finish(cfg, model, data, evaluate(model, data))
 
 
-class Exported(nn.Sequential):
-    """A sub-model whose argument has the name that exported programs give it."""
-
+class Exported(nn.Sequential):  # whose argument has the name that exported programs give it
     def forward(self, images):
         return super().forward(images)
 
@@ -1306,7 +1308,7 @@ def run_export(args, given):
     else:
         torch.export.save(exported, content, extra_files={"about.json": json.dumps(about)})
     write_file(path, content.getvalue())
-    say(f"{name}: {path.stat().st_size:,} bytes in {path}\n{about}")
+    say(f"{name}: {path.stat().st_size:,} bytes in {path}")
 
 
 OPTIONS = {f.name: f.type for f in fields(Config)}
@@ -1319,7 +1321,7 @@ ACTIONS = {  # the options that are none of Config's: type and help
     "sub_model": (str, "with --export: exit-3, width-0.5, ... (default: the largest)"),
     "fold_bn": (bool, "with --export: merge BatchNorm into the convolutions"),
     "benchmark": (bool, "time every sub-model (of --eval) and training"),
-    "report": (list, "print all results below these directories as Markdown"),
+    "report": (list, "print the results below these directories"),
     "plot": (Path, "with --report: draw accuracy against MACs, by matplotlib")}
 MODES = {  # what does the work, and the options that it takes; the first that is given counts
     "report": (report, {"plot"}),
