@@ -180,11 +180,11 @@ class SlimmableMobileNetV1(nn.Module):
     def run(self, x, layers, training, momentum=0.1):
         for conv, weight, gamma, beta, mean, var in layers:
             bias = None
-            if not training:  # BatchNorm is a fixed map now, and merged into the convolution it takes no time
+            if not training:  # BatchNorm is fixed now: merged into the convolution it takes no time
                 scale = gamma * torch.rsqrt(var + 1e-5)
                 weight, bias = weight * scale[:, None, None, None], beta - mean * scale
             x = F.conv2d(x, weight, bias, conv.stride, conv.padding, groups=len(weight) if conv.groups > 1 else 1)
-            x = F.relu6(F.batch_norm(x, mean, var, gamma, beta, True, momentum) if training else x)
+            x = F.relu6(F.batch_norm(x, mean, var, gamma, beta, True, momentum) if training else x, inplace=True)
         x = x.mean(dim=(2, 3))  # (N, channels of the last layer)
         return F.linear(x, self.classifier.weight[:, :x.shape[1]], self.classifier.bias)
 
