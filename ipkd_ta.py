@@ -1086,11 +1086,11 @@ def plot(settings, path):
                           for key, unit in (("macs", 1e6), ("top1", 1))]
                 handles[f"{method}, early exit"], = axes.plot(*points, color=color, linewidth=0.8)
         axes.set_title("\n".join(textwrap.wrap(setting, 60)), fontsize=9)
-        axes.set(xlabel="million MACs for one image", ylabel="top-1 accuracy (%), bars: std over runs")
+        axes.set(xlabel="million MACs for one image", ylabel="top-1 %, bars: std over the runs")
         axes.grid(alpha=0.3)
     for axes in panels:  # those left over
         axes.remove()
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=len(handles))
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns)
     picture = io.BytesIO()
     with blaming(f"--plot '{path}' has an unknown suffix", ValueError):
         figure.savefig(picture, format=path.suffix[1:])
