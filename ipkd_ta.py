@@ -50,7 +50,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops import Conv2dNormActivation
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
-__version__ = "2.0"
+__version__ = "2.1"
+SHA256 = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
 
 # ==== The loss: the algorithm in one screen ===================================
 
@@ -68,7 +69,7 @@ def ipkd_ta_loss(logits, target, method="ipkd-ta", kd_weight=0.5, temperature=1.
 
     logits: list of K tensors (N, C), smallest sub-model first, computed in float32 or better. target: class indices
     (N,), int64. kd_weight in [0, 1], temperature in [0.001, 1000]. Returns a scalar: summed over sub-models and
-    classes, averaged over the batch; no gradient flows into a teacher. ValueError for arguments other than these.
+    classes, averaged over the batch; no gradient flows into a teacher. ValueError for another method, number or shape.
     """
     if method not in ("ce", "ipkd", "ipkd-ta"):
         raise ValueError(f"method must be 'ce', 'ipkd' or 'ipkd-ta', got {method!r}")
@@ -837,7 +838,7 @@ def train(cfg, model, data, out, checkpoint=None):
         first_epoch, metrics = checkpoint["epoch"], checkpoint["metrics"]
         say(f"resuming after {first_epoch} epochs")
 
-    # compile the training passes; a CUDA graph's gradients lie in its own memory, so none are kept beyond a step
+    # compile the training passes; a CUDA graph's gradients lie in its own memory, so none outlive a step
     if cfg.compile:
         say("compiling, which takes minutes")
         model.compile(mode="reduce-overhead" if device.type == "cuda" else "default")
@@ -849,7 +850,7 @@ def train(cfg, model, data, out, checkpoint=None):
         start, total = time.perf_counter(), torch.zeros((), device=device)
         batches = torch.randperm(len(images), generator=order_rng).to(device).split(cfg.batch_size)
         for step, batch in enumerate(batches[:steps]):
-            # learning rate and weight of the teacher follow from how much of the training is done, in mid-step
+            # learning rate and weight of the teacher follow from the progress of the training, in mid-step
             progress = (epoch + (step + 0.5) / steps) / cfg.epochs
             factor = {"multistep": 0.1 ** ((progress >= 0.5) + (progress >= 0.75)), "linear": 1 - progress,
                       "cosine": 0.5 * (1 + math.cos(math.pi * progress))}[cfg.schedule]
@@ -942,18 +943,18 @@ def budgeted(model, data, image_size=32):
     """Budgeted classification (Huang et al., ICLR 2018, section 4.2): early exit of the test images by thresholds for
     which exit k answers a share of the validation images in proportion to q^k. List of {"q", "macs" (average, with all
     heads passed), "top1" in percent, "thresholds", "exits" (the shares that left there)}."""
-    confidence, correct = {}, {}  # of a split: (K, N)
+    confidence = {}  # of a split: (K, N)
     for split in ("val", "test"):
         logits, labels = (t.cpu() for t in predict(model, data, split))
         confidence[split], answers = logits.softmax(2).max(2)
-        correct[split] = (answers == labels).double()
+    correct = (answers == labels).double()
     costs, budgets = torch.tensor([sub.early_exit_macs for sub in model.sub_models(image_size)]), []
     for q in (i / 10 for i in range(1, 21)):
         shares = q ** torch.arange(1, len(costs) + 1, dtype=torch.float64)
         thresholds = exit_thresholds(confidence["val"], shares / shares.sum())
         exits = (confidence["test"] >= torch.tensor(thresholds)[:, None]).int().argmax(dim=0)  # (N,), the first
         budgets.append({"q": q, "macs": costs[exits].double().mean().item(),
-                        "top1": 100 * correct["test"].gather(0, exits[None]).mean().item(), "thresholds": thresholds,
+                        "top1": 100 * correct.gather(0, exits[None]).mean().item(), "thresholds": thresholds,
                         "exits": (exits.bincount(minlength=len(costs)) / len(exits)).tolist()})
     return budgets
 
@@ -973,14 +974,14 @@ def benchmark(args, given, steps=20, classes=10):
     if "eval" in args:
         cfg, model, content = load_checkpoint(args["eval"])
         cfg, classes = make_config(given, replace(cfg, device="auto", amp="auto")), len(content["classes"])
-        if given.keys() & inspect.signature(type(model)).parameters.keys():
+        if given.keys() & {"arch", *inspect.signature(type(model)).parameters}:
             raise InputError("--benchmark --eval takes the options of the network from the checkpoint")
     else:
         cfg, content = make_config({"dataset": "folder", **given}), {"metrics": [{}]}
         model = build_model(cfg, classes)
     cfg, top1 = replace(cfg, epochs=2, eval_every=2), content["metrics"][-1].get("top1")
     (device, memory_format), size, half = pick_device(cfg), cfg.image_size, torch.full((3,), 0.5)
-    images = torch.randint(256, (steps * cfg.batch_size, 3, size, size), dtype=torch.uint8)
+    images = torch.randint(256, (max(64, steps * cfg.batch_size), 3, size, size), dtype=torch.uint8)
     labels = torch.arange(len(images)) % classes
     data = Data({"train": (images, labels), "test": (images[:64], labels[:64])}, [*range(classes)], half, half)
     data, model = data.to(device, memory_format), model.to(device, memory_format=memory_format)
@@ -1122,8 +1123,8 @@ def config_of(saved):
     where = f" in '{saved}'" if isinstance(saved, Path) else ""
     with blaming(f"no run of this program{where}", OSError, ValueError, LookupError, TypeError):
         saved = json.loads((saved / "config.json").read_text(encoding="utf-8")) if where else saved
-        return Config(**{f.name: saved[f.name] for f in fields(Config)
-                         if f.name in saved or f.name in ("arch", "dataset", "method")})
+        default = make_config({name: saved[name] for name in ("arch", "dataset", "method")})
+        return replace(default, **{f.name: saved[f.name] for f in fields(Config) if f.name in saved})
 
 
 def load_checkpoint(path):
@@ -1176,7 +1177,7 @@ def claim(cfg, out, overwrite):
     for n in itertools.count(1):
         place = out or Path(f"runs/{cfg.arch}-{cfg.data_name}-{cfg.method}-seed{cfg.seed}" + f"-{n}" * (n > 1))
         held = [file for file in files if (place / file).exists()]
-        if held and overwrite:
+        if held and out and overwrite:
             config_of(place)  # InputError if it is not of this program
             for file in held:
                 (place / file).unlink()
@@ -1196,7 +1197,7 @@ def run_training(args, given):
     new = "resume" not in args or given.keys() - PLACE and not (out / "config.json").exists()
     cfg, checkpoint, (rank, world_size) = make_config(given) if new else config_of(out), None, rank_and_world_size()
 
-    # a run that goes on keeps its options; there is no checkpoint yet if it ended in its first epoch
+    # a run that goes on keeps its options; it has no checkpoint if it ended in its first epoch
     if not new:
         other = [f"{flag(k)} {getattr(cfg, k)}, not {v}" for k, v in sorted(given.items())
                  if k not in PLACE and getattr(cfg, k) != v and (k, v) != ("amp", "auto")]
@@ -1206,7 +1207,7 @@ def run_training(args, given):
         checkpoint = load_checkpoint(out / "checkpoint.pt")[2] if (out / "checkpoint.pt").exists() else None
         if checkpoint and checkpoint["epoch"] == cfg.epochs and (out / "results.json").exists():
             return say(f"the run in '{out}' is finished")
-    elif out and (out / "config.json").exists() and "overwrite" not in args:
+    elif out and not rank and (out / "config.json").exists() and "overwrite" not in args:
         raise InputError(f"--out '{out}' already holds a run: choose another, --resume or --overwrite")
 
     start = time.perf_counter()
@@ -1215,7 +1216,7 @@ def run_training(args, given):
     if min(cfg.batch_size, cfg.train_size) < 2 * world_size:
         raise InputError(f"--batch-size and the training images must be at least {2 * world_size}, 2 for each process")
 
-    # the network, with weights of its own or of another run, whose classifiers serve only the same classes
+    # the network, with weights of its own or of another run, whose classifiers serve the same classes
     torch.manual_seed(cfg.seed)
     model = build_model(cfg, len(data.classes))
     if cfg.init and not checkpoint:
@@ -1244,8 +1245,7 @@ def finish(cfg, model, data, accuracies, out=None, **more):
     subs = [{**vars(sub), **accuracy} for sub, accuracy in zip(model.sub_models(cfg.image_size), accuracies)]
     print_table(("sub-model", "MMACs", "params", "top-1 %", "top-5 %", "loss"), *(
         (s["name"], s["macs"] / 1e6, s["params"], s["top1"], s["top5"], f"{s['loss']:.4f}") for s in subs))
-    versions = {"ipkd_ta": __version__, "sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12],
-                "torch": torch.__version__}
+    versions = {"ipkd_ta": __version__, "sha256": SHA256, "torch": torch.__version__}
     results = {"config": vars(cfg), "dataset": cfg.data_name, "sub_models": subs, "versions": versions, **more}
     if "val" in data.splits:
         results["validation"] = evaluate(model, data, "val")
@@ -1274,7 +1274,7 @@ def run_evaluation(args, given):
     finish(cfg, model, data, evaluate(model, data))
 
 
-class Exported(nn.Sequential):  # whose argument has the name that exported programs give it
+class Exported(nn.Sequential):  # its argument has the name that exported programs give it
     def forward(self, images):
         return super().forward(images)
 
@@ -1313,13 +1313,13 @@ def run_export(args, given):
 
 OPTIONS = {f.name: f.type for f in fields(Config)}
 ACTIONS = {  # the options that are none of Config's: type and help
-    "out": (Path, "directory of the run (default: runs/ARCH-DATASET-METHOD-seedN)"),
+    "out": (Path, "directory of the run (default: runs/ARCH-...)"),
     "overwrite": (bool, "replace the run in --out"),
-    "resume": (bool, "go on with the run in --out, or begin it"),
-    "eval": (Path, "the table of this checkpoint.pt"),
+    "resume": (bool, "go on with the run in --out, or begin it (with its options)"),
+    "eval": (Path, "the table of a checkpoint.pt"),
     "export": (Path, "with --eval: write a sub-model as a program of torch.export, or ONNX (.onnx)"),
     "sub_model": (str, "with --export: exit-3, width-0.5, ... (default: the largest)"),
-    "fold_bn": (bool, "with --export: merge BatchNorm into the convolutions"),
+    "fold_bn": (bool, "with --export: merge BatchNorm into convolutions"),
     "benchmark": (bool, "time every sub-model (of --eval) and training"),
     "report": (list, "print the results below these directories"),
     "plot": (Path, "with --report: draw accuracy against MACs, by matplotlib")}
