@@ -970,7 +970,7 @@ def clock(model, x, repeats):
 
 
 def benchmark(args, given, steps=20, classes=10):
-    """Print what every sub-model costs, extracted and folded, and what training costs, on random images."""
+    """Print what sub-models cost (timed when extracted and folded), and training, on random images."""
     if "eval" in args:
         cfg, model, content = load_checkpoint(args["eval"])
         cfg, classes = make_config(given, replace(cfg, device="auto", amp="auto")), len(content["classes"])
