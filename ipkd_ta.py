@@ -9,9 +9,8 @@ MobileNet-V1. All are trained at once, and each sub-model teaches the next small
     python ipkd_ta.py                                      # a demonstration on drawn shapes, no download
     python ipkd_ta.py --arch msdnet --dataset cifar100     # one of the benchmarks
 
-Measured (two cores of an AMD EPYC, PyTorch 2.14): the demonstration takes 18 s and reaches 90.3 % at the first exit and
-98.0 % at the last. README.md and .github/MEASUREMENTS.md have the rest. To reuse the loss or a network, copy its part
-of the file: it needs only the imports.
+Measured on two cores of an AMD EPYC, PyTorch 2.14: the demonstration takes 18 s, the first exit reaches 90.3 %, the
+last 98.0 %. README.md has the rest. To reuse the loss or a network, copy its part: it needs only the imports.
 """
 import argparse
 import copy
@@ -124,7 +123,7 @@ class SlimmableMobileNetV1(nn.Module):
             raise ValueError(f"widths must ascend within (0, 1], got {list(widths)}")
         if bn not in ("universal", "switchable") or not isinstance(num_classes, Integral) or num_classes < 1:
             raise ValueError(f"need bn 'universal' or 'switchable', num_classes > 0; got {bn!r} and {num_classes!r}")
-        self.widths, self.trained, self.bn = widths, widths, bn
+        self.widths, self.trained, self.bn = widths, widths, bn  # widths may be replaced
 
         counts = self.channels(widths[-1])
         self.convs = nn.ModuleList([nn.Conv2d(3, counts[0], 3, padding=1, bias=False)])
@@ -179,20 +178,17 @@ class SlimmableMobileNetV1(nn.Module):
         return self.run(x, self.layers(width, measured=not self.training), self.training)
 
     def run(self, x, layers, training, momentum=0.1):
+        """`forward` by the layers of one width; training updates mean and var in place."""
         for conv, weight, gamma, beta, mean, var in layers:
-            bias = None
-            if not training:  # BatchNorm is fixed now: merged into the convolution it takes no time
-                scale = gamma * torch.rsqrt(var + 1e-5)
-                weight, bias = weight * scale[:, None, None, None], beta - mean * scale
-            x = F.conv2d(x, weight, bias, conv.stride, conv.padding, groups=len(weight) if conv.groups > 1 else 1)
-            x = F.relu6(F.batch_norm(x, mean, var, gamma, beta, True, momentum) if training else x, inplace=True)
+            x = F.conv2d(x, weight, None, conv.stride, conv.padding, groups=len(weight) if conv.groups > 1 else 1)
+            x = F.relu6(F.batch_norm(x, mean, var, gamma, beta, training, momentum), inplace=True)
         x = x.mean(dim=(2, 3))  # (N, channels of the last layer)
         return F.linear(x, self.classifier.weight[:, :x.shape[1]], self.classifier.bias)
 
     @torch.no_grad()
     def calibrate(self, batches, widths=None):
         """Measure the BatchNorm statistics of `widths` for eval mode, as means over all images, after training.
-        batches: iterable of normalised, augmented training images (N, 3, H, W), or of tuples that begin with them."""
+        batches: iterable of normalised, augmented images (N, 3, H, W), or tuples that begin so; all kept in memory."""
         images, seen = torch.cat([batch if torch.is_tensor(batch) else batch[0] for batch in batches]), 0
         widths = [round(float(width), 7) for width in (self.widths if widths is None else widths)]
         for width, layers in [(width, self.layers(width)) for width in widths]:
@@ -501,8 +497,8 @@ def say(text, stream="stdout"):
 
 
 def one_line(error):
-    name = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
-    return " ".join(f"{name}{error}".split())[:400]
+    text = " ".join(str(error).split())
+    return text if isinstance(error, InputError) else f"{type(error).__name__}: {text}"[:400]
 
 
 @contextmanager
@@ -588,7 +584,7 @@ def load_cifar(name, root, splits):
                 if sound:
                     Path(own, cls.filename).symlink_to(archive.resolve())
                 sets = [cls(own, train=split == "train", download=True) for split in splits]
-                with suppress(OSError):  # another process was first
+                with suppress(OSError):  # there is one already
                     os.replace(Path(own, cls.base_folder), root / cls.base_folder)
     return Data({split: (torch.from_numpy(s.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(s.targets))
                  for split, s in zip(splits, sets)}, sets[0].classes)
@@ -647,8 +643,8 @@ def read_image(path, size=32):
         raise ValueError("not a file")
     with Image.open(path) as image:
         image.draft(None, (2 * size, 2 * size))  # of a large JPEG only what is needed is decoded
-        clear = image.info.get("transparency")
-        if clear is not None and image.format == "PNG" and image.tile[0][3] in ("L;2", "L;4", "I;16B", "RGB;16B"):
+        colour = image.info.get("transparency")  # in these modes Pillow scales the pixels, but not it
+        if colour is not None and image.format == "PNG" and image.tile[0][3] in ("L;2", "L;4", "I;16B", "RGB;16B"):
             raise ValueError("which of its colours is transparent cannot be told")
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16"):  # Pillow would clip at 255
@@ -683,7 +679,7 @@ def draw_shapes(n, seed, contrast=0.5, noise=0.2, depth=0.27):
 
 # ==== Options: the fields of Config (kd_weight is --kd-weight) ================
 
-# a family: class, defaults, those on the shapes, memory format for a CPU, does all decay, are the sub-models exits
+# a family: class, CPU memory format, do all weights decay, are the sub-models exits, defaults, those on shapes
 NETWORKS = {
     "msdnet": SimpleNamespace(
         cls=MSDNet, cpu_format=torch.contiguous_format, decay_all=True, exits=True,
@@ -717,8 +713,8 @@ class Config:
     kd_weight: float = option(0.5, "weight of the teacher against the labels", 0, 1, only=DISTILLED)
     kd_warmup: float = option(1.0, "share of training over which that weight rises from 0", 0, 1, only=DISTILLED)
     temperature: float = option(1.0, "softmax temperature of the distillation", 1e-3, 1e3, only=DISTILLED)
-    epochs: int = option(300, "passes over the training images", 1)
-    batch_size: int = option(64, "images per step, of all processes together", 1)
+    epochs: int = option(300, "passes over the images", 1)
+    batch_size: int = option(64, "images per step, of all processes together", 2)
     lr: float = option(0.1, "highest learning rate of SGD", 1e-9, 1e6)
     lr_warmup: float = option(0.3, "share of training over which the learning rate rises from 0", 0, 1)
     schedule: str = option("multistep", "multistep: x 0.1 at 1/2 and 3/4", choices=("multistep", "cosine", "linear"))
@@ -824,7 +820,7 @@ def train(cfg, model, data, out, checkpoint=None):
         groups[NETWORKS[cfg.arch].decay_all or p.ndim > 1 and p.shape[1] > 1]["params"].append(p)
     optimizer = torch.optim.SGD(groups, cfg.lr, momentum=0.9, nesterov=True, fused=cfg.amp != "fp16")
 
-    # two generators: for the order of images and the widths, and for the augmentation
+    # generators: of the order of images and the widths; of the augmentation
     rngs = order_rng, crop_rng = [torch.Generator().manual_seed(cfg.seed) for _ in range(2)]
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.amp == "fp16")
     first_epoch, metrics, mark = 0, [], 0
@@ -914,7 +910,7 @@ def calibration_batches(data, images=2048, batch_size=256):
     """Training images for `calibrate`, the same at every call, augmented as in training."""
     train, generator = data.splits["train"][0], torch.Generator().manual_seed(0)
     chosen = torch.randperm(len(train), generator=generator)[:images].to(train.device)
-    return [data.normalise(augment(train[batch], generator)) for batch in chosen.split(batch_size)]
+    return (data.normalise(augment(train[batch], generator)) for batch in chosen.split(batch_size))
 
 
 @torch.no_grad()
@@ -1122,7 +1118,7 @@ def config_of(saved):
     """Config of a saved dict, or of the run in a directory; an option that it does not know has its default."""
     where = f" in '{saved}'" if isinstance(saved, Path) else ""
     with blaming(f"no run of this program{where}", OSError, ValueError, LookupError, TypeError):
-        saved = json.loads((saved / "config.json").read_text(encoding="utf-8")) if where else saved
+        saved = json.loads((saved / "config.json").read_text(encoding="utf-8")) if isinstance(saved, Path) else saved
         default = make_config({name: saved[name] for name in ("arch", "dataset", "method")})
         return replace(default, **{f.name: saved[f.name] for f in fields(Config) if f.name in saved})
 
@@ -1131,7 +1127,7 @@ def load_checkpoint(path):
     """A checkpoint.pt as (Config, model in eval mode, whole content), on the CPU. Code in it is refused, not run."""
     with blaming(f"cannot read checkpoint '{path}'", Exception):  # torch raises many types
         with zipfile.ZipFile(path) as archive:
-            if archive.testzip() or any(p.external_attr for p in archive.infolist()):  # torch.load looks at neither
+            if archive.testzip() or any(p.external_attr for p in archive.infolist()):  # torch.load sees neither
                 raise ValueError("damaged or changed")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         cfg = config_of(checkpoint["config"])
@@ -1177,7 +1173,7 @@ def claim(cfg, out, overwrite):
     for n in itertools.count(1):
         place = out or Path(f"runs/{cfg.arch}-{cfg.data_name}-{cfg.method}-seed{cfg.seed}" + f"-{n}" * (n > 1))
         held = [file for file in files if (place / file).exists()]
-        if held and out and overwrite:
+        if held and overwrite:
             config_of(place)  # InputError if it is not of this program
             for file in held:
                 (place / file).unlink()
@@ -1192,22 +1188,22 @@ def claim(cfg, out, overwrite):
 def run_training(args, given):
     """Train, print and write all that a run consists of. The name of its directory is left in `args`."""
     out = args.get("out")
-    if "resume" in args and not out:
-        raise InputError("--resume needs --out, the directory of the run")
-    new = "resume" not in args or given.keys() - PLACE and not (out / "config.json").exists()
+    if {"resume", "overwrite"} & args.keys() and not out:
+        raise InputError("--resume and --overwrite need --out")
+    new = "resume" not in args or (given.keys() - PLACE and not (out / "config.json").exists())
     cfg, checkpoint, (rank, world_size) = make_config(given) if new else config_of(out), None, rank_and_world_size()
 
     # a run that goes on keeps its options; it has no checkpoint if it ended in its first epoch
     if not new:
         other = [f"{flag(k)} {getattr(cfg, k)}, not {v}" for k, v in sorted(given.items())
-                 if k not in PLACE and getattr(cfg, k) != v and (k, v) != ("amp", "auto")]
+                 if k not in PLACE and getattr(cfg, k) != v and (k, v) not in (("amp", "auto"), ("train_size", 0))]
         if other:
             raise InputError(f"--resume: the run in '{out}' has {'; '.join(other)}: its options stay as they are")
         cfg = replace(cfg, **{k: given[k] for k in PLACE & given.keys()})
         checkpoint = load_checkpoint(out / "checkpoint.pt")[2] if (out / "checkpoint.pt").exists() else None
         if checkpoint and checkpoint["epoch"] == cfg.epochs and (out / "results.json").exists():
             return say(f"the run in '{out}' is finished")
-    elif out and not rank and (out / "config.json").exists() and "overwrite" not in args:
+    elif out and not rank and (out / "config.json").exists() and "overwrite" not in args:  # before images are read
         raise InputError(f"--out '{out}' already holds a run: choose another, --resume or --overwrite")
 
     start = time.perf_counter()
@@ -1220,7 +1216,7 @@ def run_training(args, given):
     torch.manual_seed(cfg.seed)
     model = build_model(cfg, len(data.classes))
     if cfg.init and not checkpoint:
-        _, other, content = load_checkpoint(cfg.init)
+        _, other, content = load_checkpoint(Path(cfg.init).expanduser())
         heads = [name for name, part in model.named_modules() if isinstance(part, nn.Linear)]
         own = {name: p for name, p in model.named_parameters() if name.rpartition(".")[0] in heads}
         with blaming(f"--init '{cfg.init}' is of another network", RuntimeError):
@@ -1235,7 +1231,8 @@ def run_training(args, given):
     say(f"{cfg.arch}, {len(model.names())} sub-models, {sum(p.numel() for p in model.parameters()):,} parameters\n"
         f"{cfg.data_name}: {cfg.train_size:,} training and {len(data.splits['test'][1]):,} test images of "
         f"{len(data.classes)} classes, loaded in {time.perf_counter() - start:.1f} s")
-    say(", ".join(f"{f.name} {getattr(cfg, f.name)}" for f in fields(cfg) if cfg.has_effect(f)) + f"\nwriting to {out}")
+    say(", ".join(f"{f.name} {getattr(cfg, f.name)}" for f in fields(cfg)
+                  if cfg.has_effect(f) and getattr(cfg, f.name) != "") + f"\nwriting to {out}")
     accuracies = train(cfg, model, data, out, checkpoint)
     finish(cfg, model, data, accuracies, out, seconds=round(time.perf_counter() - start, 1), processes=world_size)
 
@@ -1247,15 +1244,15 @@ def finish(cfg, model, data, accuracies, out=None, **more):
         (s["name"], s["macs"] / 1e6, s["params"], s["top1"], s["top5"], f"{s['loss']:.4f}") for s in subs))
     versions = {"ipkd_ta": __version__, "sha256": SHA256, "torch": torch.__version__}
     results = {"config": vars(cfg), "dataset": cfg.data_name, "sub_models": subs, "versions": versions, **more}
-    if "val" in data.splits:
+    if out and "val" in data.splits:
         results["validation"] = evaluate(model, data, "val")
-        if NETWORKS[cfg.arch].exits and not rank_and_world_size()[0]:
-            budgets = budgeted(model, data, cfg.image_size)
-            say(f"\nearly exit, thresholds from {cfg.val_size:,} validation images:")
-            print_table(("q", "MMACs", "top-1 %", "thresholds"), *(
-                (b["q"], b["macs"] / 1e6, b["top1"], " ".join(f"{t:.3f}" for t in b["thresholds"])) for b in budgets))
-            if out:
-                write_file(out / "budget.json", json.dumps({"budgets": budgets}, indent=2).encode())
+    if "val" in data.splits and NETWORKS[cfg.arch].exits:
+        budgets = budgeted(model, data, cfg.image_size)
+        say(f"\nearly exit, thresholds from {cfg.val_size:,} validation images:")
+        print_table(("q", "MMACs", "top-1 %", "thresholds"), *(
+            (b["q"], b["macs"] / 1e6, b["top1"], " ".join(f"{t:.3f}" for t in b["thresholds"])) for b in budgets))
+        if out:
+            write_file(out / "budget.json", json.dumps({"budgets": budgets}, indent=2).encode())
     if out:
         write_file(out / "results.json", json.dumps(results, indent=2).encode())
 
@@ -1264,7 +1261,8 @@ def run_evaluation(args, given):
     """The table of a checkpoint, of a universal slimmable network at any --widths. Reads only the images it uses."""
     cfg, model, checkpoint = load_checkpoint(args["eval"])
     cfg = make_config(given, replace(cfg, device="auto"))
-    data = load_images(cfg, checkpoint, ("train", "test") if "widths" in given or cfg.val_size else ("test",))
+    budgets = cfg.val_size and NETWORKS[cfg.arch].exits
+    data = load_images(cfg, checkpoint, ("train", "test") if "widths" in given or budgets else ("test",))
     model.to(data.mean.device, memory_format=data.memory_format)
     if "widths" in given:
         model.widths = cfg.widths
@@ -1286,11 +1284,13 @@ def run_export(args, given):
     path, (cfg, model, checkpoint) = args["export"], load_checkpoint(args["eval"])
     if path.exists():
         raise InputError(f"--export: '{path}' exists: choose another name")
-    names, name = model.names(), args.get("sub_model", model.names()[-1])
+    cfg, names = make_config(given, replace(cfg, device="cpu")), model.names()
+    name = args.get("sub_model", names[-1])
     with blaming(f"--sub-model {name}: there are {', '.join(names)}", ValueError):
         which = names.index(name) + 1 if name in names else float(name.removeprefix("width-"))
-        if name not in names and not NETWORKS[cfg.arch].exits and model.layers(which):  # another width of its range
-            data = load_images(replace(cfg, device="cpu", **given), checkpoint, ("train",))
+        if name not in names and not NETWORKS[cfg.arch].exits:
+            model.layers(which)  # an error if it is out of range
+            data = load_images(cfg, checkpoint, ("train",))
             model.calibrate(calibration_batches(data), [which])
         program = Exported(extract(model, which)).eval().to(memory_format=torch.contiguous_format)
     if "fold_bn" in args:

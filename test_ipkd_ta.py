@@ -690,13 +690,12 @@ class TestData:
         (lambda root: [shutil.rmtree(root / "train" / c) for c in ("café", "dog")], "there is none"),
         (lambda root: write_images(root, classes=[unicodedata.normalize("NFD", "café")]), "café"),  # a class twice
         (lambda root: [(root / f"{s}/dog/{i}").write_bytes(b"junk") for s in ("train", "test") for i in range(6)],
-         "12 files are no images"), (lambda root: None, "folder has 8")])          # and 9 are asked for
+         "^ipkd_ta.py: error: 12 files .*test/dog/3' "), (lambda root: None, "folder has 8")])    # and 9 are asked for
     def test_a_wrong_folder_is_one_clear_line(self, spoil, message, tmp_path, capfd):
         spoil(write_images(tmp_path / "images"))
         options = {"train_size": 8, "val_size": 1} if "8" in message else {"epochs": 1}
         options.update(dataset="folder", data_dir=tmp_path / "images", out=tmp_path / "out", **TINY["msdnet"])
-        assert message in refused(capfd, **options)
-        assert not (tmp_path / "out").exists()
+        assert re.search(message, refused(capfd, **options)) and not (tmp_path / "out").exists()
 
 
 class TestOptions:
@@ -715,7 +714,7 @@ class TestOptions:
             ("--report r", ("--seed 1", "--arch msdnet", "--overwrite"))) for o in options),
         ("--arch slimmable --widths 0.5 0.25", r"ascend within \(0, 1\], got \[0.5, 0.25\]"), ("--widths x", "'x'"),
         *((o, o.split()[1]) for o in (
-            "--arch resnet", "--method kd", "--dataset mnist", "--batch-size 0", "--epochs 1.5", "--lr -1", "--lr 0",
+            "--arch resnet", "--method kd", "--dataset mnist", "--batch-size 1", "--epochs 1.5", "--lr -1", "--lr 0",
             "--lr nan", "--lr inf", "--kd-weight 1.5", "--kd-weight nan", "--kd-warmup -1", "--lr-warmup nan",
             "--exits 0", "--temperature 0", "--temperature inf", "--weight-decay -1", "--sandwich 1", "--epochs 0",
             "--seed -1", "--device abacus", "--device meta", "--device cuda:99")),
@@ -1180,9 +1179,9 @@ class TestCommandLine:
     @each_network
     def test_eval_repeats_the_table_of_the_run_and_reads_only_its_test_images(self, arch, tmp_path, capfd):
         data, out = write_images(tmp_path / "data", n=30), tmp_path / "run"
-        assert train_tiny(arch, out, dataset="folder", data_dir=data) == 0
+        assert train_tiny(arch, out, dataset="folder", data_dir=data, val_size=4 * (arch != "msdnet")) == 0
         printed, _ = table_of(capfd)
-        shutil.rmtree(data / "train")
+        shutil.rmtree(data / "train")                      # msdnet would need it for the thresholds of its exits
         before = sorted(tmp_path.rglob("*"))
         assert run("--eval", out / "checkpoint.pt") == 0
         assert table_of(capfd)[0] == printed and len(printed) == 3 and sorted(tmp_path.rglob("*")) == before
@@ -1197,8 +1196,9 @@ class TestCommandLine:
         ("--eval {}/msdnet/checkpoint.pt --export {}/msdnet/results.json", "results.json' exists"),
         ("--resume --out {}/msdnet --lr 0.2 --epochs 4", "--epochs 3, not 4; --lr 0.1, not 0.2"),
         ("--resume --out {}/universal --widths 0.5 1", "--widths"), ("--resume --out typo --device cpu", "no run"),
-        ("--resume", "--resume"), ("--out {}/msdnet", "already holds"), ("--out {}/msdnet/config.json", "config.json"),
-        ("--resume --out {}/msdnet/config.json --seed 1", "config.json"), ("--out " + "a" * 300, "aaa"),
+        ("--resume", "need --out"), ("--overwrite", "need --out"), ("--out {}/msdnet", "already holds"),
+        *((f"{mode} --out {{}}/msdnet/config.json --seed 1", "config.json") for mode in ("", "--resume")),
+        ("--eval {}/msdnet/checkpoint.pt --export a --data-dir d", "no effect"), ("--out " + "a" * 300, "aaa"),
         ("--channels 2147483647", "memory")])
     def test_what_a_run_cannot_do_is_one_clear_line_and_touches_nothing(
             self, words, message, trained, tmp_path, monkeypatch, capfd):
@@ -1256,7 +1256,7 @@ class TestCommandLine:
         for seed, mode in ((1, []), (2, ["--overwrite"])):
             assert train_tiny("msdnet", tmp_path, *mode, seed=seed) == 0
         before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
-        assert run("--resume", "--out", tmp_path, "--amp", "auto") == 0 and "finished" in capfd.readouterr().out
+        assert run("--resume", out=tmp_path, amp="auto", train_size=0) == 0 and "finished" in capfd.readouterr().out
         assert before == {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
         assert read(tmp_path / "config.json")["seed"] == 2
 
