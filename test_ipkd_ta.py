@@ -984,13 +984,15 @@ class TestReport:
             assert text in out and out.count(text) == 1
 
     @pytest.mark.skipif(not (HERE / ".github/results").is_dir(), reason="needs .github/results beside this file")
-    def test_the_tables_of_the_readme_are_those_of_the_runs_in_the_repository(self, capsys):
-        text, found = (HERE / "README.md").read_text(encoding="utf-8"), 0
-        for directory in re.findall(r"--report (\.github/results/\S+?)`", text):
-            for table in re.findall(r"(?:^\|.*\n)+", report(capsys, HERE / directory), re.MULTILINE):
-                assert table in text
-                found += 1
-        assert found >= 2 and text.count("| top-1 % |") == found
+    def test_the_figures_of_the_readme_are_those_of_the_runs_in_the_repository(self, capsys):
+        readme, measured = ((HERE / name).read_text("utf-8") for name in ("README.md", ".github/MEASUREMENTS.md"))
+        named = re.search(r"--report((?: \.github/results/[\w-]+)+)`", readme)[1].split()
+        for section in (sections := report(capsys, *map(HERE.joinpath, named)).split("### ")[1:]):
+            rows = re.findall(r"(?m)\((\d+)\) \|.* \| (.*) \|$", section)                             # seeds, mean
+            gain = re.sub(", 95.*l (.*)", r" (\1)", re.search(r"ipkd-ta.* - ipkd.*-models: (.*) \(", section)[1])
+            assert f"| {' | '.join([rows[0][0], *(top1 for _, top1 in rows), gain.replace('-', '−')])} |" in readme
+            assert re.search(r"(?m)(^\|.*\n)+", section)[0] in measured
+        assert len(sections) == len(re.findall(",000 × .* [−+]", readme)) > 3
 
     def test_twins_are_named_on_stderr_and_the_rest_is_reported(self, tmp_path, capsys, monkeypatch):
         first, twin, _ = (write_result(tmp_path, "ce", *run) for run in ((0, [90.0]), (0, [91.0]), (1, [92.0])))
@@ -1000,9 +1002,8 @@ class TestReport:
         assert str(first) in err.getvalue() and str(twin) in err.getvalue() and err.getvalue().count("\n") == 1
 
     @rows("content", [
-        b"", b"\xff\xfe", b"[" * 100_000, b"[]", b"3", {"config": 3}, {"sub_models": SUB},
-        {"config": {"arch": "msdnet"}}, {"sub_models": [{**SUB, "macs": None}]}, {"config": {**RUN, "seed": "many"}},
-        {"sub_models": []}])
+        b"", b"\xff\xfe", b"[" * 100_000, b"[]", b"3", {"config": 3}, {"sub_models": SUB}, {"sub_models": []},
+        {"config": {"arch": "msdnet"}}, {"sub_models": [{**SUB, "macs": None}]}, {"config": {**RUN, "seed": "many"}}])
     def test_a_file_that_is_no_result_is_named(self, content, tmp_path, capfd):
         if isinstance(content, dict):
             content = json.dumps({"config": RUN, "sub_models": [SUB], **content}).encode()
