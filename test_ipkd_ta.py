@@ -989,7 +989,7 @@ class TestReport:
         complete = [s for s in report(capsys, *map(HERE.joinpath, named)).split("### ") if re.search("-ta.* - ipkd", s)]
         for section in complete:
             cells = [f"{top1} ({n})" for n, top1 in re.findall(r"(?m)\((\d+)\) \|.* \| (.*) \|$", section)]
-            gain = re.sub(", 95 % interval (.*)", r" (\1)", re.search(r"ipkd-ta.* - ipkd.*-models: (.*) \(", section)[1])
+            gain = re.sub(", 95 % interval (.*)", r" (\1)", re.search(r"-ta.* - ipkd.*-models: (.*) \(", section)[1])
             assert f"| {' | '.join([*cells, gain.replace('-', '−')])} |" in readme
             assert re.search(r"(?m)(^\|.*\n)+", section)[0] in measured
         assert len(complete) == len(re.findall(",000 × .* [−+]", readme)) > 3
