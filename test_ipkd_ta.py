@@ -59,10 +59,11 @@ each_network, each_method = rows("arch", TINY), rows("method", METHODS)
 
 
 @pytest.fixture(autouse=True, scope="module")
-def few_test_shapes():
+def few_test_shapes_and_no_gpu():
     draw = ipkd_ta.draw_shapes
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ipkd_ta, "draw_shapes", lambda n, seed: draw(50 if seed else n, seed))       # not 1,000
+        patch.setattr(torch.cuda, "is_available", lambda: False)               # but where a test needs one
         yield
 
 
@@ -593,8 +594,7 @@ class TestData:
             exact(torch.stack([data.mean, data.std]), torch.tensor(figures[name]))
             assert data.classes == [f"class {i}" for i in range(int(name[5:]))]
 
-    @rows("change", [
-        lambda root: None, lambda root: os.rename(root / "test", root / "val"), litter,
+    @rows("change", [lambda root: None, lambda root: os.rename(root / "test", root / "val"), litter,
         lambda root: os.rename(root / "test/café", root / "test" / unicodedata.normalize("NFD", "café"))])
     def test_a_folder_gives_its_images_in_the_order_of_the_names_whatever_lies_beside_them(self, change, tmp_path):
         splits, labels = {}, torch.tensor([0] * 4 + [1] * 4)
@@ -897,7 +897,8 @@ class TestTraining:
     @needs_cuda
     @rows("amp", ["auto", "off", "bf16", "fp16"])
     @rows("arch, more", [*((arch, []) for arch in TINY), ("msdnet", ["--compile"])])
-    def test_a_gpu_learns_as_the_cpu_does_with_cuda_graphs_too(self, arch, more, amp, tmp_path):
+    def test_a_gpu_learns_as_the_cpu_does_with_cuda_graphs_too(self, arch, more, amp, tmp_path, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         for device, options, words in (("cpu", {}, []), ("cuda", {"amp": amp}, more)):
             assert train_tiny(arch, tmp_path / device, *words, device=device, epochs=2, lr=0.01, **options) == 0
         on_cpu, on_gpu = ([r["loss"] for r in read(tmp_path / device / "metrics.jsonl")] for device in ("cpu", "cuda"))
@@ -905,7 +906,8 @@ class TestTraining:
 
     @needs_cuda
     @each_network
-    def test_a_training_step_never_waits_for_the_gpu(self, arch):
+    def test_a_training_step_never_waits_for_the_gpu(self, arch, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         data = ipkd_ta.load_data("shapes", train_size=64).to("cuda", torch.channels_last)
         model, cfg, generator = tiny_model(arch).cuda(), config(arch, amp="bf16"), torch.Generator().manual_seed(0)
         (images, labels), scaler = data.splits["train"], torch.amp.GradScaler("cuda", enabled=False)
@@ -1092,8 +1094,7 @@ class TestResume:
             train_tiny("msdnet", tmp_path)
 
     @rows("mode", ["--eval", "--resume"])
-    @rows("damage", [
-        lambda good: b"", lambda good: bytes(range(256)) * 10, lambda good: good[:-1000],
+    @rows("damage", [lambda good: b"", lambda good: bytes(range(256)) * 10, lambda good: good[:-1000],
         lambda good: good[:9000] + bytes([good[9000] ^ 1]) + good[9001:],
         lambda good: re.sub(rb"(PK\x01\x02.{34})(.)", lambda m: m[1] + bytes([m[2][0] | 0x10]), good, flags=re.DOTALL),
         {"model": {}}, {"model": CODE}, {"mean": (0.5, 0.5, 0.5)}, {"config": []}, {"config": {"channels": 6}},
@@ -1208,8 +1209,7 @@ class TestCommandLine:
         assert message in refused(capfd, *words.format(*[trained] * 2).split())
         assert before == {path: path.read_bytes() for path in trained.rglob("*.*")} and not list(tmp_path.glob("*a*"))
 
-    @rows("mode, files", [
-        (mode, files) for mode in ([], ["--overwrite"]) for files in (
+    @rows("mode, files", [(mode, files) for mode in ([], ["--overwrite"]) for files in (
             {"config.json": '{"name": "my other project"}'}, {"config.json": "[]"}, {"results.json": "x"},
             {"config.json": "{", "checkpoint.pt": "x"}, {"budget.json": "mine"})])
     def test_no_file_is_replaced_but_of_a_run_of_this_program(self, mode, files, tmp_path, capfd):
@@ -1357,8 +1357,8 @@ def together(tmp_path_factory):
     root = tmp_path_factory.mktemp("together")
     (root / "together.py").write_text(TOGETHER)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run([*launcher, root / "together.py", root], cwd=HERE, capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"})
+    env = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([*launcher, root / "together.py", root], cwd=HERE, capture_output=True, text=True, env=env)
     assert (root / "found-1.pt").exists() and (root / "run/checkpoint.pt").exists() and done.returncode, done.stderr
     return root
 
