@@ -1001,7 +1001,7 @@ def benchmark(args, given, steps=20, classes=10):
 
 # ==== Tables and picture ======================================================
 
-T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t for 95 %, of 2, 3, ... 10 values
+T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t, of 2 to 10 values
 
 
 def print_table(*rows):
