@@ -55,7 +55,7 @@ SHA256 = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
 # ==== The loss: the algorithm in one screen ===================================
 
 def ipkd_ta_loss(logits, target, method="ipkd-ta", kd_weight=0.5, temperature=1.0):
-    """Loss of all sub-models of a flexible network, trained together (arXiv:2105.08369).
+    """Loss of all sub-models of a flexible network, trained together (arXiv:2105.08369, by its abstract).
 
         L = CE(z_K, y) + sum over k < K of [ (1 - kd_weight) CE(z_k, y)
                                              + kd_weight temperature^2 KL( stop_gradient(p_t(k)) || p_k ) ]
@@ -81,7 +81,7 @@ def ipkd_ta_loss(logits, target, method="ipkd-ta", kd_weight=0.5, temperature=1.
     logits = [z.to(torch.promote_types(z.dtype, torch.float32)) for z in logits]
     log_p = [F.log_softmax(z / temperature, dim=1) for z in logits]
     loss = F.cross_entropy(logits[-1], target)
-    kd_weight = 0 if method == "ce" else kd_weight  # then no teacher has a say
+    kd_weight = 0 if method == "ce" else kd_weight
     for k, student in enumerate(logits[:-1]):
         teacher = log_p[-1] if method == "ipkd" else log_p[k + 1]
         ce = F.cross_entropy(student, target)
@@ -187,8 +187,8 @@ class SlimmableMobileNetV1(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, batches, widths=None):
-        """Measure the BatchNorm statistics of `widths` for eval mode, as means over all images, after training.
-        batches: iterable of normalised, augmented images (N, 3, H, W), or tuples that begin so; all kept in memory."""
+        """Measure the BatchNorm statistics of `widths` for eval mode after training: means over chunks of 256.
+        batches: iterable of normalised, augmented, shuffled images (N, 3, H, W), or tuples that begin so; all kept."""
         images, seen = torch.cat([batch if torch.is_tensor(batch) else batch[0] for batch in batches]), 0
         widths = [round(float(width), 7) for width in (self.widths if widths is None else widths)]
         for width, layers in [(width, self.layers(width)) for width in widths]:
@@ -1013,7 +1013,7 @@ def print_table(*rows):
 
 
 def load_runs(directories):
-    """{setting: {method: {seed: results}}}, named by the options that decide the outcome and are not the default."""
+    """{setting: {method: {seed: results}}}, named by options that are not the default, but not by those of speed."""
     settings = {}
     for path in sorted({path.resolve() for d in directories for path in d.rglob("results.json")}):
         with blaming(f"'{path}' is not the results.json of a run", Exception):  # JSON may hold anything
