@@ -6,8 +6,8 @@ MobileNet-V1. All are trained at once, and each sub-model teaches the next small
     A. Ozerov and N. Q. K. Duong, "Inplace knowledge distillation with teacher assistant for improved training of
     flexible deep neural networks", EUSIPCO 2021, arXiv:2105.08369.
 
-    python ipkd_ta.py                                      # a demonstration on drawn shapes, no download
-    python ipkd_ta.py --arch msdnet --dataset cifar100     # one of the benchmarks
+    python ipkd_ta.py                                   # a demonstration on drawn shapes, no download
+    python ipkd_ta.py --arch msdnet --dataset cifar100  # one of the benchmarks
 
 Measured on two cores of an AMD EPYC, PyTorch 2.14: the demonstration takes 18 s, the first exit reaches 90.3 %, the
 last 98.0 %. To reuse the loss or a network, copy its part: it needs only the imports.
@@ -384,7 +384,7 @@ class MSDNet(nn.Module):
     def sub_models(self, image_size=32):
         """The exits, each with name, params (with BatchNorm's) and macs (multiply-accumulates for one square image) of
         the blocks up to it and its own head. early_exit_macs: with all heads on the way."""
-        with FlopCounterMode(display=False) as counter:  # on tensors that have a shape and no numbers
+        with FlopCounterMode(display=False) as counter:  # on tensors without numbers
             copy.deepcopy(self).to("meta").eval()(torch.empty(1, 3, image_size, image_size, device="meta"))
         subs, blocks, heads, net, flops = [], 0, 0, type(self).__name__, counter.get_flop_counts()
         for k, name in enumerate(self.names()):
@@ -574,7 +574,7 @@ def load_cifar(name, root, splits):
     archive = root / cls.filename
     try:
         sets = [cls(root, train=split == "train") for split in splits]
-    except RuntimeError:  # not unpacked, or damaged: unpack it in a place of our own, as others may do too
+    except RuntimeError:  # not unpacked, or damaged: unpack it apart, as others may do too
         sound = torchvision.datasets.utils.check_integrity(archive, cls.tgz_md5)
         state = "is sound" if sound else "is incomplete or damaged" if archive.exists() else "is not there"
         with blaming(f"{name}: '{archive}' {state}, downloading or unpacking failed: put it there from "
@@ -825,7 +825,7 @@ def train(cfg, model, data, out, checkpoint=None):
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.amp == "fp16")
     first_epoch, metrics, mark = 0, [], 0
 
-    # go on where the checkpoint was written, to the same bits as if the run had never stopped
+    # go on from the checkpoint, to the same bits as if the run had never stopped
     if checkpoint:
         for part, name in (model, "model"), (optimizer, "optimizer"), (scaler, "scaler"):
             part.load_state_dict(checkpoint[name])
@@ -846,7 +846,7 @@ def train(cfg, model, data, out, checkpoint=None):
         start, total = time.perf_counter(), torch.zeros((), device=device)
         batches = torch.randperm(len(images), generator=order_rng).to(device).split(cfg.batch_size)
         for step, batch in enumerate(batches[:steps]):
-            # learning rate and weight of the teacher follow from the progress of the training, in mid-step
+            # learning rate and the teacher's weight follow from the progress, in mid-step
             progress = (epoch + (step + 0.5) / steps) / cfg.epochs
             factor = {"multistep": 0.1 ** ((progress >= 0.5) + (progress >= 0.75)), "linear": 1 - progress,
                       "cosine": 0.5 * (1 + math.cos(math.pi * progress))}[cfg.schedule]
@@ -878,7 +878,7 @@ def train(cfg, model, data, out, checkpoint=None):
         record = {"epoch": epoch + 1, "lr": lr, "kd_weight": kd_weight, "loss": loss}
         line = f"epoch {epoch + 1}/{cfg.epochs}  lr {lr:.4f}  loss {loss:.4f}  {speed:.0f} images/s"
 
-        # the accuracy of every sub-model; of the BatchNorm statistics of several processes, the first one's count
+        # the accuracy of every sub-model; of several processes' BatchNorm statistics, the first one's count
         if (epoch + 1) % cfg.eval_every == 0 or epoch + 1 == cfg.epochs:
             for buffer in model.buffers() if world_size > 1 else ():
                 dist.broadcast(buffer, 0)
@@ -1065,18 +1065,18 @@ def report(args, given):
 def plot(settings, path):
     """Top-1 accuracy against MACs: a panel for each setting, a line for each method, thin lines by early exit."""
     from matplotlib.figure import Figure  # ImportError: one line that names the package
-    styles = {"ce": ("#000000", "o:"), "ipkd": ("#E69F00", "s--"), "ipkd-ta": ("#0072B2", "^-")}  # Okabe & Ito
+    styles = {"ce": ("#000000", ":"), "ipkd": ("#E69F00", "--"), "ipkd-ta": ("#0072B2", "-")}  # Okabe & Ito
     columns = min(3, len(settings))
     rows = math.ceil(len(settings) / columns)
     figure = Figure(figsize=(4.5 * columns, 3.5 * rows + 0.4), layout="constrained", dpi=150, facecolor="white")
-    panels, handles = figure.subplots(rows, columns, squeeze=False).flat, {}
+    panels, handles, markers = figure.subplots(rows, columns, squeeze=False).flat, {}, {}
     for (setting, by_method), axes in zip(settings.items(), panels):
         for method, runs in by_method.items():
-            top1, (color, style) = list(zip(*(run["top1"] for run in runs.values()))), styles[method.split(",")[0]]
-            spread = [stdev(values) for values in top1] if len(runs) > 1 else None
+            top1, (color, style) = [*zip(*(run["top1"] for run in runs.values()))], styles[method.split(",")[0]]
+            marker = markers.setdefault(method, "os^DvP*X"[len(markers) % 8])
             handles[method] = axes.errorbar(
-                next(iter(runs.values()))["mmacs"], [mean(values) for values in top1], spread,
-                color=color, fmt=style, markersize=5, capsize=2)
+                next(iter(runs.values()))["mmacs"], [*map(mean, top1)], [*map(stdev, top1)] if len(runs) > 1 else None,
+                color=color, fmt=marker + style, markersize=5, capsize=2)
             budgets = [*zip(*(run["budgets"] for run in runs.values() if run["budgets"]))]  # of one q: of every seed
             if budgets:
                 points = [[mean(b[key] / unit for b in seeds) for seeds in budgets]
@@ -1103,7 +1103,7 @@ def write_file(path, content):
     """Put these bytes in place in one step: there is never half a file. Of several processes the first does."""
     if rank_and_world_size()[0]:
         return
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # of this process: another may write as well
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # of this process: another may write too
     try:
         with open(temporary, "wb") as file:
             file.write(content)
@@ -1139,7 +1139,7 @@ def load_checkpoint(path):
 
 def pick_device(cfg):
     """torch.device of --device, tried out, and the memory format for it. Replaces "auto" in the options."""
-    with blaming(f"--device {cfg.device} cannot be used here", Exception):  # torch raises many types
+    with blaming(f"--device {cfg.device} cannot be used here", Exception):
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device)
         if device.type == "cuda" and dist.is_initialized():
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -1262,9 +1262,10 @@ def run_evaluation(args, given):
     cfg, model, checkpoint = load_checkpoint(args["eval"])
     cfg = make_config(given, replace(cfg, device="auto"))
     budgets = cfg.val_size and NETWORKS[cfg.arch].exits
-    data = load_images(cfg, checkpoint, ("train", "test") if "widths" in given or budgets else ("test",))
+    measure = "widths" in given or "top1" not in checkpoint["metrics"][-1]  # after an epoch without evaluation
+    data = load_images(cfg, checkpoint, ("train", "test") if measure or budgets else ("test",))
     model.to(data.mean.device, memory_format=data.memory_format)
-    if "widths" in given:
+    if measure:
         model.widths = cfg.widths
         with blaming("--widths", ValueError):
             model.calibrate(calibration_batches(data))
@@ -1288,10 +1289,9 @@ def run_export(args, given):
     name = args.get("sub_model", names[-1])
     with blaming(f"--sub-model {name}: there are {', '.join(names)}", ValueError):
         which = names.index(name) + 1 if name in names else float(name.removeprefix("width-"))
-        if name not in names and not NETWORKS[cfg.arch].exits:
-            model.layers(which)  # an error if it is out of range
+        if not NETWORKS[cfg.arch].exits and (name not in names or "top1" not in checkpoint["metrics"][-1]):
             data = load_images(cfg, checkpoint, ("train",))
-            model.calibrate(calibration_batches(data), [which])
+            model.calibrate(calibration_batches(data), None if name in names else [which])
         program = Exported(extract(model, which)).eval().to(memory_format=torch.contiguous_format)
     if "fold_bn" in args:
         fold_bn(program)
@@ -1370,7 +1370,7 @@ def main(argv=None):
             libc = ctypes.CDLL("libc.so.6")
             libc.mallopt(-4, 0), libc.mallopt(-1, 2**31 - 1)
 
-        # of torchrun's processes all train, and the first one speaks and does everything else
+        # of torchrun's processes all train, and the first one does everything else
         if {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
             if mode in ("train", "resume"):
                 dist.init_process_group()

@@ -50,7 +50,6 @@ TINY = {"msdnet": {"arch": "msdnet", "exits": 3, "base": 1, "step": 1, "step_mod
 QUICK = {"epochs": 1, "train_size": 40, "batch_size": 16, "lr": 0.1, "eval_every": 1}       # two steps an epoch
 DRAWN = [0.15, 0.12, 0.08, 0.05]
 NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
-HALF = torch.full((3,), 0.5)
 
 exact = partial(assert_close, rtol=0, atol=0)
 rows = pytest.mark.parametrize
@@ -325,9 +324,8 @@ ALONE = [(14_967_296, 433_876), (21_707_264, 531_604), (28_792_320, 529_280), (3
 
 class TestMSDNet:
     def test_cost_equals_the_reference_table(self):
-        model = MSDNet(100)
-        assert [(s.macs, s.params) for s in model.sub_models()] == ALONE
-        assert [s.name for s in model.sub_models()] == [f"exit-{k}" for k in range(1, 8)]
+        model, names = MSDNet(100), [f"exit-{k}" for k in range(1, 8)]
+        assert [(s.name, (s.macs, s.params)) for s in model.sub_models()] == [*zip(names, ALONE)]
         assert sum(p.numel() for p in model.parameters()) == 3_067_960
 
     @rows("kwargs, scales, coarsest", [
@@ -367,10 +365,6 @@ class TestMSDNet:
                     assert_close(balanced.get_parameter(name).grad, sum(sent) / len(sent), rtol=1e-9, atol=1e-9)
 
 
-def has_batchnorm(model):
-    return any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
-
-
 def loss_of(logits=(torch.zeros(6, 5),) * 2, target=torch.zeros(6, dtype=torch.int64), **options):
     return ipkd_ta_loss(list(logits), target, **options)
 
@@ -387,7 +381,7 @@ class TestSubModels:
             found.square().sum().backward()
             assert all(p.grad is not None and p.grad.any() for p in extracted.parameters())
             assert_close(ipkd_ta.fold_bn(extracted)(x), expected, rtol=1e-4, atol=1e-4)
-            assert not has_batchnorm(extracted) and has_batchnorm(model)
+            assert "BatchNorm" not in str(extracted) and "BatchNorm" in str(model)
         assert_close(ipkd_ta.fold_bn(model)(x), logits, rtol=1e-4, atol=1e-4)
 
     def test_lazy_evaluation_saves_macs_at_every_exit_from_which_a_finer_scale_is_left_over(self):
@@ -406,7 +400,7 @@ class TestSubModels:
         cost, = SlimmableMobileNetV1(10, widths=(width,)).sub_models()
         assert sum(p.numel() for p in extracted.parameters()) == cost.params and macs_of(extracted, x[:1]) == cost.macs
         assert_close(ipkd_ta.fold_bn(extracted)(x), expected, rtol=1e-10, atol=1e-10)
-        assert not has_batchnorm(extracted)
+        assert "BatchNorm" not in str(extracted)
 
     @torch.no_grad()
     @rows("shares", [[0, 0, 0, 1], [1, 0, 0, 0], [0.25, 0.25, 0.25, 0.25], [0.5, 0, 0.25, 0.25]])
@@ -665,14 +659,13 @@ class TestData:
         assert np.abs(pixels[[0, 0, -1, -1], [0, -1, 0, -1]] - [0, 200, 0]).max() < (25 if size > 8 else 60)
         assert pixels[size // 2 - 1:size // 2 + 1, size // 2 - 1:size // 2 + 1, 0].min() > (240 if size > 8 else 90)
 
-    @rows("name, write, reason", [
-        ("no bytes.png", lambda path: path.write_bytes(b""), "cannot identify"), ("pipe.png", os.mkfifo, "not a file"),
+    @rows("name, write, reason", [("no bytes.png", lambda path: path.write_bytes(b""), "cannot identify"),
+        ("pipe.png", os.mkfifo, "not a file"),
         ("cut.png", lambda path: path.write_bytes((path.parents[1] / "dog/0 ä.png").read_bytes()[:-999]), "truncated"),
         ("folder in a class", os.mkdir, "not a file"), *(
             (f"tRNS {kind} {depth}.png", lambda path, depth=depth, kind=kind: write_png(
                 path, np.zeros((8, 8, kind + 1), int), depth, kind, [(b"tRNS", bytes(2 * kind + 2))]), "transparent")
-            for kind, depth in CLEAR_UNKNOWN),
-        ("32 bit.tiff", Image.new("I", (8, 8), 100_000).save, "mode I"),
+            for kind, depth in CLEAR_UNKNOWN), ("32 bit.tiff", Image.new("I", (8, 8), 100_000).save, "mode I"),
         ("float.tiff", Image.new("F", (8, 8), 0.5).save, "mode F"),
         ("link to itself.png", lambda path: path.symlink_to(path), "not a file"),
         ("link to its folder", lambda path: path.symlink_to(path.parent, target_is_directory=True), "not a file")])
@@ -879,12 +872,11 @@ class TestTraining:
 
     @rows("step, spoiled", [(3, "loss"), (4, "weights"), (4, "statistics")])
     def test_a_divergence_is_one_line_and_keeps_the_last_checkpoint(self, step, spoiled, tmp_path, monkeypatch, capfd):
-        real, count = ipkd_ta.train_step, []
+        real, count = ipkd_ta.train_step, iter(range(1, 9))
 
         def spoil(model, *args):
-            count.append(1)
             loss = real(model, *args)
-            if len(count) == step:
+            if next(count) == step:
                 victims = {"loss": iter([loss]), "weights": model.parameters(), "statistics": model.buffers()}
                 next(victims[spoiled]).data.fill_(math.nan)
             return loss
@@ -923,7 +915,7 @@ class TestEvaluation:
         model, images = nn.Module(), torch.zeros(303, 3, 32, 32, dtype=torch.uint8)
         left = [[*row] for row in logits]
         model.all_logits = lambda x: [torch.stack([row.pop(0) for _ in x]) for row in left]
-        found = ipkd_ta.evaluate(model, ipkd_ta.Data({"test": (images, labels)}, list(range(10)), HALF, HALF))
+        found = ipkd_ta.evaluate(model, ipkd_ta.Data({"test": (images, labels)}, list(range(10)), *torch.ones(2, 3)))
         for z, sub in zip(logits, found, strict=True):
             rank = (z > z[range(303), labels, None]).sum(1)
             expected = [(rank < n).sum().item() / 3.03 for n in (1, 5)] + [F.cross_entropy(z, labels).item()]
@@ -1020,12 +1012,15 @@ class TestReport:
             write_result(tmp_path, "ipkd-ta", seed, [ta, ta + 2])
             budgets = [{"macs": 5e5 + seed, "top1": ce}, {"macs": 15e5, "top1": ce + 1}]
             (tmp_path / f"ce-{seed}-{2 * seed}/budget.json").write_text(json.dumps({"budgets": budgets}))
-        write_result(tmp_path, "ipkd", 0, [80.0], lr=0.2)
+        for warmup in (1.0, 0.3):                # a variant of a method: its own marker
+            write_result(tmp_path, "ipkd", 0, [80.0], lr=0.2, kd_warmup=warmup)
         assert run("--report", tmp_path, "--plot", tmp_path / "a.png") == 0
         assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
         panels, labels = {"0.2" in axes.get_title(): axes for axes in drawn[0].axes}, drawn[0].legends[0].get_texts()
-        assert sorted(text.get_text() for text in labels) == ["ce", "ce, early exit", "ipkd", "ipkd-ta"]
-        assert len(panels[True].containers) == 1 and len(panels[False].containers) == 2
+        assert sorted(text.get_text() for text in labels) == [
+            "ce", "ce, early exit", "ipkd", "ipkd, kd_warmup 0.3", "ipkd-ta"]
+        assert len(panels[True].containers) == len(panels[False].containers) == 2
+        assert len({line.get_marker() for axes in drawn[0].axes for line, *_ in axes.containers}) == 4
         curve, = (line for line in panels[False].lines if line.get_linewidth() == 0.8)
         assert curve.get_xydata().tolist() == [pytest.approx([0.5, 91], abs=1e-5), pytest.approx([1.5, 92])]
         line, _, (bars,) = panels[False].containers[1]
@@ -1188,8 +1183,7 @@ class TestCommandLine:
         assert run("--eval", out / "checkpoint.pt") == 0
         assert table_of(capfd)[0] == printed and len(printed) == 3 and sorted(tmp_path.rglob("*")) == before
 
-    @rows("words, message", [
-        ("--eval {}/msdnet/checkpoint.pt --widths 0.1", "--widths"),
+    @rows("words, message", [("--eval {}/msdnet/checkpoint.pt --widths 0.1", "--widths"),
         ("--eval {}/universal/checkpoint.pt --widths 0.5", "0.5"), ("--eval {}/none.pt", "none.pt"),
         ("--eval {}/switchable/checkpoint.pt --widths 0.12", "0.12"), ("--eval {}/msdnet", "msdnet"),
         ("--eval {}/msdnet/checkpoint.pt --data-dir d", "--data-dir"),
@@ -1239,11 +1233,17 @@ class TestCommandLine:
                 assert (mmacs, params, top1) == (f"{sub['macs'] / 1e6:.2f}", f"{sub['params']:,}", f"{sub['top1']:.2f}")
                 assert 0 < float(median) <= float(slow) and float(rate) > 0
 
-    def test_eval_measures_any_widths_of_a_universal_model(self, trained, capfd):
-        capfd.readouterr()
-        assert run("--eval", trained / "universal/checkpoint.pt", "--widths", 0.05, 0.12) == 0
-        (found, _), first = table_of(capfd), read(trained / "universal/results.json")["sub_models"][0]
-        assert list(found) == ["width-0.05", "width-0.12"] and found["width-0.05"][2] == f"{first['top1']:.2f}"
+    @each_network
+    def test_eval_and_export_measure_what_a_run_has_not_and_any_width(self, arch, trained, tmp_path, capfd):
+        with dying(ipkd_ta, "train_step", 4), suppress(Killed):
+            train_tiny(arch, tmp_path, epochs=3, eval_every=3)
+        path, top1 = tmp_path / "checkpoint.pt", read(trained / arch / "metrics.jsonl")[1]["top1"]
+        assert run("--eval", path, "--export", tmp_path / "a.pt2") == 0 and table_of(capfd) and run("--eval", path) == 0
+        assert [figures[2] for figures in table_of(capfd)[0].values()] == [f"{share:.2f}" for share in top1]
+        if arch == "universal":
+            assert run("--eval", path, "--widths", 0.05, 0.12) == 0
+            found, _ = table_of(capfd)
+            assert list(found) == ["width-0.05", "width-0.12"] and found["width-0.05"][2] == f"{top1[0]:.2f}"
 
     def test_a_run_with_validation_images_writes_its_budgets_and_eval_repeats_them(self, tmp_path, capfd):
         assert train_tiny("msdnet", tmp_path, val_size=30) == 0
