@@ -404,7 +404,7 @@ class MSDNet(nn.Module):
         if not isinstance(k, int):
             raise ValueError(f"an exit of MSDNet must be a whole number, got {k}")
         traced = fx.symbolic_trace(MSDExit(self.blocks[:k], self.heads[k - 1]))
-        traced.graph.eliminate_dead_code()  # lazy evaluation: not the finer scales that nothing reads any more
+        traced.graph.eliminate_dead_code()  # lazy evaluation
         traced.delete_all_unused_submodules()
         traced.recompile()
         return copy.deepcopy(traced).eval()
@@ -1262,10 +1262,10 @@ def run_evaluation(args, given):
     cfg, model, checkpoint = load_checkpoint(args["eval"])
     cfg = make_config(given, replace(cfg, device="auto"))
     budgets = cfg.val_size and NETWORKS[cfg.arch].exits
-    measure = "widths" in given or "top1" not in checkpoint["metrics"][-1]  # after an epoch without evaluation
+    measure = not NETWORKS[cfg.arch].exits and ("widths" in given or "top1" not in checkpoint["metrics"][-1])
     data = load_images(cfg, checkpoint, ("train", "test") if measure or budgets else ("test",))
     model.to(data.mean.device, memory_format=data.memory_format)
-    if measure:
+    if measure:  # a run does it only in epochs with evaluation
         model.widths = cfg.widths
         with blaming("--widths", ValueError):
             model.calibrate(calibration_batches(data))
