@@ -704,7 +704,7 @@ def option(default, help, low=None, high=2**31 - 1, choices=None, only={}):
 class Config:
     """What a run is. InputError for a value of a wrong type or range."""
     arch: str = option("msdnet", "multi-exit MSDNet or slimmable MobileNet-V1", choices=tuple(NETWORKS))
-    dataset: str = option("shapes", "built-in shapes, CIFAR, or a folder", choices=("shapes", *FILES["dataset"]))
+    dataset: str = option("shapes", "shapes (own defaults), CIFAR, folder", choices=("shapes", *FILES["dataset"]))
     data_dir: str = option("data", "holds CIFAR, or train/<class>/*, test/<class>/* (or val)", only=FILES)
     image_size: int = option(32, "pixels: a folder's images are resized and cropped to a square", 8, 1024, only=FOLDER)
     train_size: int = option(0, "training images, chosen at random; 0: all, or 1500 shapes", 0)
@@ -1148,7 +1148,7 @@ def pick_device(cfg):
     cuda, cfg.device = device.type == "cuda", str(device)
     if cuda:  # TF32 in matrix products as in convolutions; no tuning for the shapes of drawn widths
         torch.set_float32_matmul_precision("high")
-        torch.backends.cudnn.benchmark = cfg.arch == "msdnet"
+        torch.backends.cudnn.benchmark = NETWORKS[cfg.arch].exits
     if cfg.amp == "auto":
         native = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         cfg.amp = "bf16" if native else "fp16" if cuda else "off"
@@ -1364,13 +1364,13 @@ def main(argv=None):
     try:
         mode, args, given = parse(argv)
 
-        # for speed on a CPU: kernels kept for all widths, and freed memory kept (M_MMAP_MAX, M_TRIM_THRESHOLD)
+        # speed on a CPU: kernels of all widths and freed memory are kept (M_MMAP_MAX, M_TRIM_THRESHOLD)
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
         with suppress(OSError, AttributeError):
             libc = ctypes.CDLL("libc.so.6")
             libc.mallopt(-4, 0), libc.mallopt(-1, 2**31 - 1)
 
-        # of torchrun's processes all train, and the first one does everything else
+        # of torchrun's processes all train, the first does everything else
         if {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
             if mode in ("train", "resume"):
                 dist.init_process_group()
@@ -1387,11 +1387,11 @@ def main(argv=None):
         memory = isinstance(error, MemoryError) or any(word in str(error) for word in words)
         if isinstance(error, RuntimeError) and not memory:
             raise
-        advice = "not enough memory, lower --batch-size or --train-size: " if memory else ""
+        advice = "not enough memory, lower --batch-size, --image-size or --train-size: " if memory else ""
         say(f"ipkd_ta.py: error: {advice}{one_line(error)}", "stderr")
         return 2
     except KeyboardInterrupt:
-        say(f"stopped{'; go on with --resume --out ' + str(args['out']) if 'out' in args else ''}", "stderr")
+        say(f"stopped{'; go on: add --resume --out ' + str(args['out']) if 'out' in args else ''}", "stderr")
         return 130
     return 0
 

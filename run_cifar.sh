@@ -8,6 +8,7 @@
 #   JOBS=4 EPOCHS=30 DATASETS=cifar10 SEEDS=0 OUT=short ./run_cifar.sh      # a part of it, four runs side by side
 #   DATASETS="photos data/flowers" MSDNET="--exits 5" OUT=own ./run_cifar.sh --lr 0.05     # folders of images
 set -uo pipefail
+case " $* " in *" --help "* | *" -h "*) sed -n '2,10s/^# \{0,1\}//p' "$0"; exit ;; esac
 
 stop() {                                  # Ctrl-C does not reach what runs in the background
   trap '' INT TERM

@@ -1066,7 +1066,7 @@ class TestResume:
         with dying(owner, name, calls, error), suppress(Killed):
             status = train_tiny(arch, out, "--resume", epochs=3)
         assert status == (130 if error is KeyboardInterrupt else None)
-        assert capfd.readouterr().err == (f"stopped; go on with --resume --out {out}\n" if status else "")
+        assert capfd.readouterr().err == (f"stopped; go on: add --resume --out {out}\n" if status else "")
         assert train_tiny(arch, out, "--resume", epochs=3) == 0
         same_outcome(out, trained / arch)
 
@@ -1137,8 +1137,7 @@ needs_script = pytest.mark.skipif(not (HERE / "run_cifar.sh").exists(), reason="
 
 def run_cifar(folder, *words, **variables):
     """A process of run_cifar.sh with a stand-in for training, called from `folder`. Ctrl-C reaches it in any case."""
-    python = folder / "python"
-    python.write_text(f"#!{sys.executable}\n{STAND_IN}")
+    (python := folder / "python").write_text(f"#!{sys.executable}\n{STAND_IN}")
     python.chmod(0o755)
     variables = {"PYTHON": str(python), "SEEDS": "0 1", "DATASETS": "my_photos", "METHODS": "ce ipkd-ta",
                  "ARCHS": "msdnet", "JOBS": "2", "OUT": "runs", "SLEEP": "0.2", **variables}
@@ -1277,6 +1276,7 @@ class TestCommandLine:
 
     @needs_script
     def test_run_cifar_runs_side_by_side_skips_what_is_finished_and_repeats_what_failed(self, tmp_path):
+        assert "./run_cifar.sh" in run_cifar(tmp_path, "--help").communicate()[0] and not (tmp_path / "runs").exists()
         (out, err), (out_again, _) = (run_cifar(tmp_path, "--kd-weight", "0.3", "--lr=0.1").communicate() for _ in "12")
         words = {path.parent.name: path.read_text() for path in tmp_path.glob("runs/*/words")}
         assert len(words) == 4 == len(list(tmp_path.glob("runs/*/results.json")))
