@@ -1364,13 +1364,13 @@ def main(argv=None):
     try:
         mode, args, given = parse(argv)
 
-        # speed on a CPU: kernels of all widths and freed memory are kept (M_MMAP_MAX, M_TRIM_THRESHOLD)
+        # speed on a CPU: keep kernels of all widths and freed memory (M_MMAP_MAX, M_TRIM_THRESHOLD)
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
         with suppress(OSError, AttributeError):
             libc = ctypes.CDLL("libc.so.6")
             libc.mallopt(-4, 0), libc.mallopt(-1, 2**31 - 1)
 
-        # of torchrun's processes all train, the first does everything else
+        # torchrun's processes all train, the first does all else
         if {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
             if mode in ("train", "resume"):
                 dist.init_process_group()
@@ -1391,7 +1391,7 @@ def main(argv=None):
         say(f"ipkd_ta.py: error: {advice}{one_line(error)}", "stderr")
         return 2
     except KeyboardInterrupt:
-        say(f"stopped{'; go on: add --resume --out ' + str(args['out']) if 'out' in args else ''}", "stderr")
+        say("stopped" + f"; go on: add --resume (no --overwrite) --out {args.get('out')}" * ("out" in args), "stderr")
         return 130
     return 0
 
