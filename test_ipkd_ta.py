@@ -1066,7 +1066,7 @@ class TestResume:
         with dying(owner, name, calls, error), suppress(Killed):
             status = train_tiny(arch, out, "--resume", epochs=3)
         assert status == (130 if error is KeyboardInterrupt else None)
-        assert capfd.readouterr().err == (f"stopped; go on: add --resume (no --overwrite) --out {out}\n" if status else "")
+        assert capfd.readouterr().err == f"stopped; go on: add --resume (no --overwrite) --out {out}\n" * bool(status)
         assert train_tiny(arch, out, "--resume", epochs=3) == 0
         same_outcome(out, trained / arch)
 
