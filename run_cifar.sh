@@ -1,14 +1,17 @@
 #!/usr/bin/env bash
 # Train every architecture with every method on every data set and seed, then print all results as Markdown tables. Runs
 # that are finished are skipped and interrupted ones resumed: start the script again to go on. Give other settings
-# another OUT. Arguments of the script go to every run, but --kd-weight, --kd-warmup, --temperature not to METHODS=ce.
-# Paths are relative to the directory that you call it from. The output of each run is in OUT/RUN.log.
+# another OUT. Arguments of the script go to every run. Paths are relative to the directory that you call it from. The
+# output of each run is in OUT/RUN.log. Every tenth epoch is evaluated, unless --eval-every says otherwise.
 #
-#   ./run_cifar.sh                                                          # the whole study, one run after the other
+# Variables: ARCHS, DATASETS, METHODS, SEEDS: what is run, lists of words. EPOCHS: of every run. MSDNET, SLIMMABLE: options
+# of one network. OUT: where the runs go. JOBS: runs side by side (default: the number of GPUs, one run on each). PYTHON.
+#
+#   ./run_cifar.sh                                                          # the whole study
 #   JOBS=4 EPOCHS=30 DATASETS=cifar10 SEEDS=0 OUT=short ./run_cifar.sh      # a part of it, four runs side by side
 #   DATASETS="photos data/flowers" MSDNET="--exits 5" OUT=own ./run_cifar.sh --lr 0.05     # folders of images
 set -uo pipefail
-case " $* " in *" --help "* | *" -h "*) sed -n '2,10s/^# \{0,1\}//p' "$0"; exit ;; esac
+case " $* " in *" --help "* | *" -h "*) sed -n '2,13s/^# \{0,1\}//p' "$0"; exit ;; esac
 
 stop() {                                  # Ctrl-C does not reach what runs in the background
   trap '' INT TERM
@@ -27,7 +30,11 @@ SEEDS=${SEEDS-"0 1 2"}
 EPOCHS=${EPOCHS-}                         # empty: 300 for MSDNet, 200 for slimmable
 MSDNET=${MSDNET-} SLIMMABLE=${SLIMMABLE-} # options of one architecture
 OUT=${OUT-runs/cifar}
-JOBS=${JOBS-1}                            # runs side by side: they share the cores, and take the GPUs in turn
+gpus=${CUDA_VISIBLE_DEVICES-$(nvidia-smi -L 2>/dev/null | sed -n 's/^GPU \([0-9]*\):.*/\1/p' | paste -sd ,)}
+IFS=, read -ra gpus <<<"$gpus"
+default_jobs=${#gpus[@]}
+[ "$default_jobs" -gt 0 ] || default_jobs=1
+JOBS=${JOBS-$default_jobs}                # runs side by side: they share the cores, and take the GPUs in turn
 PYTHON=${PYTHON-python}
 
 program=$(dirname "$0")/ipkd_ta.py
@@ -39,9 +46,17 @@ mkdir -p "$OUT" || exit 2
 
 threads=$(($(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) / JOBS))
 [ "$JOBS" -eq 1 ] || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
-gpus=${CUDA_VISIBLE_DEVICES-$(nvidia-smi -L 2>/dev/null | sed -n 's/^GPU \([0-9]*\):.*/\1/p' | paste -sd ,)}
-IFS=, read -ra gpus <<<"$gpus"
-running=() names=() failed=()             # process and name of the run in each place from 0 to JOBS - 1
+
+# CIFAR is fetched once, before the runs would all do it
+for dataset in $DATASETS; do
+  case $dataset in
+    cifar10 | cifar100)
+      class=CIFAR${dataset#cifar}
+      "$PYTHON" -c "import torchvision; torchvision.datasets.$class('data', download=True)" >/dev/null ||
+        fail "$dataset could not be fetched into ./data, see https://www.cs.toronto.edu/~kriz/cifar.html" ;;
+  esac
+done
+running=() names=() failed=() ended=0             # process and name of the run in each place from 0 to JOBS - 1
 
 wait_for_place() {                        # until fewer than $1 runs are going; says which have ended
   while true; do
@@ -50,7 +65,15 @@ wait_for_place() {                        # until fewer than $1 runs are going; 
       wait "${running[place]}" 2>/dev/null
       status=$?
       echo "${names[place]}: ends with status $status"
-      [ $status -eq 0 ] || failed+=("${names[place]}")
+      ended=$((ended + 1))
+      if [ $status -ne 0 ]; then
+        failed+=("${names[place]}")
+        tail -n 1 "$OUT/${names[place]}.log" | sed 's/^/  /'
+        if [ $ended -eq 3 ] && [ ${#failed[@]} -eq 3 ]; then
+          echo "run_cifar.sh: the first three runs have failed, the others are not begun" >&2
+          stop 1
+        fi
+      fi
       unset "running[place]"
     done
     [ ${#running[@]} -ge "$1" ] || break
@@ -61,19 +84,19 @@ wait_for_place() {                        # until fewer than $1 runs are going; 
 for seed in $SEEDS; do for dataset in $DATASETS; do for arch in $ARCHS; do for method in $METHODS; do
   folder=${dataset%/}
   name=$arch-${folder##*/}-$method-seed$seed
-  if [ -f "$OUT/$name/results.json" ]; then echo "$name: already finished"; continue; fi
+  if [ -f "$OUT/$name/results.json" ]; then
+    other=
+    if [ -n "$EPOCHS" ] && ! grep -Eq "\"epochs\": $EPOCHS,?$" "$OUT/$name/results.json"; then
+      other=", with other epochs than $EPOCHS"
+    fi
+    echo "$name: already finished$other"
+    continue
+  fi
 
-  # options of the architecture and of the script, as far as this method takes them, then the run's own, which win
+  # options of the architecture and of the script, then the run's own, which win
   [ "$arch" = msdnet ] && own=$MSDNET || own=$SLIMMABLE
-  options=() drop=
-  for word in $own "$@"; do
-    [ -z "$drop" ] || { drop=; continue; }
-    case $method:$word in
-      ce:--kd-weight | ce:--kd-warmup | ce:--temperature) drop=value ;;
-      ce:--kd-weight=* | ce:--kd-warmup=* | ce:--temperature=*) ;;
-      *) options+=("$word") ;;
-    esac
-  done
+  read -ra options <<<"--eval-every 10 $own"
+  options+=("$@")
   case $dataset in
     cifar10 | cifar100 | shapes | folder) options+=(--dataset "$dataset") ;;
     *) options+=(--dataset folder --data-dir "$dataset") ;;
