@@ -7,7 +7,6 @@ skipped where these are missing.
 """
 import copy
 import hashlib
-import io
 import itertools
 import json
 import math
