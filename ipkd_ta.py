@@ -909,7 +909,7 @@ NETWORKS = {
 }
 
 
-def option(default, help, kind="setting", low=None, high=math.inf, choices=None):
+def option(default, help, kind="setting", low=None, high=2**31 - 1, choices=None):
     """A field of Config with its range or choices.
 
     kind: "msdnet", "slimmable" or "folder": refused for other networks or data. "distillation":
@@ -971,7 +971,7 @@ class Config:
             if choices and value not in choices:
                 raise InputError(f"{flag(f.name)} must be one of {choices}, got {value!r}")
             if low is not None and not low <= value <= high:
-                limits = f"at least {low}" if high == math.inf else f"from {low} to {high:g}"
+                limits = f"from {low} to {high:,}"
                 raise InputError(f"{flag(f.name)} must be {limits}, got {value}")
 
     @property
@@ -1436,6 +1436,8 @@ def find_results(directories):
 
     paths = set()
     for directory in directories:
+        if not directory.is_dir():
+            raise InputError(f"--report: '{directory}' is no directory")
         for folder, _, files in os.walk(directory, onerror=say, followlinks=True):
             if "results.json" in files:
                 paths.add(Path(folder, "results.json").resolve())
@@ -1611,7 +1613,7 @@ def keep_options(cfg, given, where):
 def read_config(path):
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"'{path}' is damaged: {error}") from error
     return config_of(saved, path)
 
