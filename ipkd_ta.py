@@ -779,7 +779,10 @@ def load_cifar(name, root):
 
 def open_image(path):
     """The (first) image of a file as a viewer shows it, upright and on white, as a PIL image in
-    RGB. ValueError for more than 8 bits a channel, and whatever Pillow raises."""
+    RGB. ValueError for what is no file (a pipe would never end) and for the modes I and F, whose
+    values Pillow would clip; and whatever Pillow raises."""
+    if not os.path.isfile(path):
+        raise ValueError("not a file")
     with Image.open(path) as image:
         if image.mode[0] in "IF":
             raise ValueError(f"mode {image.mode} has more than 8 bits, which Pillow would clip")

@@ -30,6 +30,7 @@ from PIL import Image, ImageOps
 from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops import Conv2dNormActivation
 
@@ -425,6 +426,7 @@ class TestSlimmable:
         exact(answers_of(model), before)
 
     def test_weights_start_as_published(self):
+        torch.manual_seed(0)
         for conv in SlimmableMobileNetV1(10).convs[2::2]:
             assert conv.weight.std().item() == pytest.approx((2 / conv.out_channels)**0.5, rel=0.1)
 
@@ -806,7 +808,8 @@ class TestData:
         ("16 bit.png", Image.new("I;16", (8, 8), 30_000).save, "mode I;16 "),
         ("32 bit.tiff", Image.new("I", (8, 8), 100_000).save, "mode I "),
         ("float.tiff", Image.new("F", (8, 8), 0.5).save, "mode F "),
-        ("link to itself.png", lambda path: path.symlink_to(path), "symbolic links"),
+        ("link to itself.png", lambda path: path.symlink_to(path), "not a file"),
+        ("pipe.png", os.mkfifo, "not a file"),
     ])
     def test_an_impossible_image_is_named_in_one_line(
             self, name, write, reason, tmp_path, capfd):
@@ -911,6 +914,21 @@ class StandIn(ipkd_ta.RecordedStep):
         self.loss = self.step(*self.recorded)
 
 
+def losses(out):
+    return [record["loss"] for record in read(out / "metrics.jsonl")]
+
+
+class NoCopies(TorchDispatchMode):
+    """Fails where a tensor moves from one device to another."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (torch.ops.aten._to_copy, torch.ops.aten.copy_):
+            devices = {t.device for t in (*args, out) if torch.is_tensor(t)}
+            assert len(devices) == 1, devices
+        return out
+
+
 class TestStep:
     @each_network
     def test_a_replayed_step_reads_nothing_but_its_places(self, arch, tmp_path):
@@ -955,7 +973,7 @@ class TestStep:
         with mode:
             if torch.is_tensor(widths):
                 widths = torch.empty(widths.shape, dtype=widths.dtype, device="cuda")
-            with torch.autocast("cuda", amp, enabled=amp is not None):
+            with torch.autocast("cuda", amp, enabled=amp is not None), NoCopies():
                 logits = model(data.normalise(images), widths)
                 loss = ipkd_ta_loss(logits, labels, "ipkd-ta", kd_weight, 2.0)
             assert loss.device.type == "cuda" and loss.dtype == torch.float32
@@ -999,10 +1017,19 @@ class TestStep:
         for device, options in (("cpu", {}), ("cuda", {"amp": amp})):
             out = tmp_path / device
             assert train_tiny(arch, out, device=device, epochs=4, lr=0.01, **options) == 0
-        on_cpu, on_gpu = (
-            [record["loss"] for record in read(tmp_path / device / "metrics.jsonl")]
-            for device in ("cpu", "cuda"))
-        assert on_gpu == pytest.approx(on_cpu, rel=0.02)
+        assert losses(tmp_path / "cuda") == pytest.approx(losses(tmp_path / "cpu"), rel=0.02)
+
+
+    @needs_cuda
+    @each_network
+    def test_a_gpu_run_that_was_killed_goes_on_as_if_it_had_not(self, arch, tmp_path, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        options = {"device": "cuda", "amp": "off", "epochs": 6, "lr": 1e-3}
+        assert train_tiny(arch, tmp_path / "whole", **options) == 0
+        with dying(ipkd_ta, "evaluate", 4), suppress(Killed):
+            train_tiny(arch, tmp_path / "cut", **options)
+        assert train_tiny(arch, tmp_path / "cut", "--resume", **options) == 0
+        assert losses(tmp_path / "cut") == pytest.approx(losses(tmp_path / "whole"), abs=1e-3)
 
 
 def timeless(path):
