@@ -85,18 +85,19 @@ def ipkd_ta_loss(logits, target, method="ipkd-ta", kd_weight=0.5, temperature=1.
     if target.shape != shapes[0][:1]:
         raise ValueError(f"target must have shape ({shapes[0][0]},), got {tuple(target.shape)}")
 
-    # half precision would lose small probabilities
-    logits = [z.to(torch.promote_types(z.dtype, torch.float32)) for z in logits]
+    # one tensor (K, N, C); half precision would lose small probabilities
+    logits = torch.stack(list(logits))
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     labels_only = [F.cross_entropy(z, target, ignore_index=NO_LABEL) for z in logits]
     if method == "ce":
         return sum(labels_only)
 
     # of a masked class the logarithm is -inf, and 0 times infinity would be nan
-    log_p = [F.log_softmax(z / temperature, dim=1).clamp_min(-1e30) for z in logits]
+    log_p = F.log_softmax(logits / temperature, dim=2).clamp_min(-1e30).unbind()
 
     # the largest sub-model learns from the labels only, the others also from their teacher
     loss = labels_only[-1]
-    for k in range(len(logits) - 1):
+    for k in range(len(log_p) - 1):
         teacher = log_p[-1] if method == "ipkd" else log_p[k + 1]
         kl = F.kl_div(log_p[k], teacher.detach(), reduction="batchmean", log_target=True)
         loss = loss + (1 - kd_weight) * labels_only[k] + kd_weight * temperature**2 * kl
@@ -777,6 +778,23 @@ def load_cifar(name, root):
     return splits, dataset.classes
 
 
+def exif_orientation(exif):
+    """Entry 0x0112 of an EXIF block, from 1 to 8, however damaged its other entries are; 0 if
+    there is none. (Pillow stops at the first damaged one.)"""
+    exif = exif.removeprefix(b"Exif\0\0")  # a TIFF header, and a directory of 12 bytes an entry
+    order = "little" if exif.startswith(b"II") else "big"
+
+    def number(start, size):
+        return int.from_bytes(exif[start:start + size], order)
+
+    directory = number(4, 4)
+    for i in range(number(directory, 2)):
+        entry = directory + 2 + 12 * i
+        if number(entry, 2) == 0x0112:
+            return number(entry + 8, 2)
+    return 0
+
+
 def open_image(path):
     """The (first) image of a file as a viewer shows it, upright and on white, as a PIL image in
     RGB. ValueError for what is no file (a pipe would never end) and for the modes I and F, whose
@@ -787,10 +805,7 @@ def open_image(path):
         if image.mode[0] in "IF":
             raise ValueError(f"mode {image.mode} has more than 8 bits, which Pillow would clip")
         image.load()
-        try:
-            orientation = image.getexif().get(0x0112)
-        except Exception:  # an odd EXIF block is none
-            orientation = None
+        orientation = exif_orientation(image.info.get("exif", b""))
         if orientation in UPRIGHT:
             image = image.transpose(UPRIGHT[orientation])
         if image.has_transparency_data:
@@ -806,7 +821,8 @@ def square(size):
 
 
 def read_images(dataset, size):
-    """Images (N, 3, size, size) uint8 of a DatasetFolder. InputError names files that are none."""
+    """Images (N, 3, size, size) uint8 of a DatasetFolder, and what is wrong with those files that
+    cannot be read."""
     images = torch.empty(len(dataset), 3, size, size, dtype=torch.uint8)
 
     def read(i):
@@ -818,10 +834,7 @@ def read_images(dataset, size):
     # by threads: decoding an image lets the others run
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         faults = [fault for fault in pool.map(read, range(len(dataset))) if fault]
-    if faults:
-        raise InputError(f"{len(faults)} files are no images that can be read, mend or remove them:"
-                         f" {'; '.join(faults[:10])}")
-    return images
+    return images, faults
 
 
 def load_folder(root, size):
@@ -847,9 +860,17 @@ def load_folder(root, size):
         differ = sorted(set(datasets["test"].classes) ^ set(classes))
         raise InputError(f"'{root}' must have the same classes in train and {held}: "
                          f"{', '.join(differ)} in only one of them")
+
+    # all files that cannot be read are named at once
     splits = {}
+    faults = []
     for split, dataset in datasets.items():
-        splits[split] = read_images(dataset, size), torch.tensor(dataset.targets)
+        images, unreadable = read_images(dataset, size)
+        splits[split] = images, torch.tensor(dataset.targets)
+        faults += unreadable
+    if faults:
+        raise InputError(f"{len(faults)} files are no images that can be read, mend or remove them:"
+                         f" {'; '.join(faults[:10])}")
     return splits, classes
 
 
@@ -1367,8 +1388,7 @@ def train(cfg, state, data, amp, out):
             record = train_epoch(cfg, state, data, step)
 
         # what diverged is not kept
-        numbers = itertools.chain(model.parameters(), model.buffers())
-        finite = all(tensor.isfinite().all() for tensor in numbers)
+        finite = all(tensor.isfinite().all() for tensor in model.state_dict().values())
         if not finite or not math.isfinite(record["loss"]):
             raise InputError(f"diverged in epoch {epoch}: try a lower --lr than {cfg.lr:g}")
 
