@@ -50,11 +50,11 @@ __version__ = "3.0"
 # ==== The method: the algorithm in one screen ===================================================
 
 METHODS = ("ce", "ipkd", "ipkd-ta")
-NO_LABEL = -2**63  # cross_entropy skips this one, and so refuses every other that is no class
+NO_LABEL = -2**63  # for ignore_index: its default, -100, would skip labels that are wrong
 
 
 def ipkd_ta_loss(logits, target, method="ipkd-ta", kd_weight=0.5, temperature=1.0):
-    """Loss of all sub-models of a flexible network together (arXiv:2105.08369, by its abstract).
+    """Loss of all sub-models of a flexible network, as the abstract of arXiv:2105.08369 has it.
 
         L = CE(z_K, y) + sum over k < K of [ (1 - kd_weight) CE(z_k, y)
                                + kd_weight temperature^2 KL( stop_gradient(p_t(k)) || p_k ) ]
@@ -65,13 +65,13 @@ def ipkd_ta_loss(logits, target, method="ipkd-ta", kd_weight=0.5, temperature=1.
         "ipkd"     K: the largest teaches all others (Yu & Huang, ICCV 2019; Li et al., ICCV 2019)
         "ipkd-ta"  k + 1: each sub-model is the teacher assistant of the next smaller one
 
-    logits: list of K tensors (N, C), smallest sub-model first; -inf masks a class. target: class
-    indices (N,), int64. kd_weight: from 0 to 1; or a tensor of one number, whose range is not
-    checked, so that nothing waits for a GPU. temperature: from 0.001 to 1000.
+    logits: list of K tensors (N, C), smallest sub-model first; -inf in all of them masks a class.
+    target: class indices (N,), int64. kd_weight: from 0 to 1; or a tensor of shape (), whose range
+    is not checked, so that nothing waits for a GPU. temperature: from 0.001 to 1000.
     Returns a scalar, summed over sub-models and classes and averaged over the batch, computed in
-    float32 or better. No gradient flows into a teacher.
-    ValueError for other arguments. IndexError for a target that is no class (on a GPU a failed
-    assertion, later).
+    float32 or better. Teachers are detached: no gradient reaches them by their students.
+    ValueError for another shape, method, kd_weight or temperature. IndexError for a target that is
+    no class (on a GPU a failed assertion, later).
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}, got {method!r}")
@@ -79,6 +79,7 @@ def ipkd_ta_loss(logits, target, method="ipkd-ta", kd_weight=0.5, temperature=1.
         raise ValueError(f"kd_weight must be from 0 to 1, got {kd_weight}")
     if not 1e-3 <= temperature <= 1e3:
         raise ValueError(f"temperature must be from 0.001 to 1000, got {temperature}")
+    logits = list(logits)
     shapes = [tuple(z.shape) for z in logits]
     if len(set(shapes)) != 1 or len(shapes[0]) != 2 or 0 in shapes[0]:
         raise ValueError(f"logits must be a list of tensors of one shape (N, C), got {shapes}")
@@ -86,13 +87,13 @@ def ipkd_ta_loss(logits, target, method="ipkd-ta", kd_weight=0.5, temperature=1.
         raise ValueError(f"target must have shape ({shapes[0][0]},), got {tuple(target.shape)}")
 
     # one tensor (K, N, C); half precision would lose small probabilities
-    logits = torch.stack(list(logits))
+    logits = torch.stack(logits)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     labels_only = [F.cross_entropy(z, target, ignore_index=NO_LABEL) for z in logits]
     if method == "ce":
         return sum(labels_only)
 
-    # of a masked class the logarithm is -inf, and 0 times infinity would be nan
+    # the logarithm of a masked class is kept finite, because 0 times infinity is nan
     log_p = F.log_softmax(logits / temperature, dim=2).clamp_min(-1e30).unbind()
 
     # the largest sub-model learns from the labels only, the others also from their teacher
@@ -166,8 +167,8 @@ class SlimmableMobileNetV1(nn.Module):
         nn.init.normal_(self.classifier.weight, std=0.01)
         nn.init.zeros_(self.classifier.bias)
 
-        # switchable: BatchNorms for each width. universal: one for all widths, and beside them
-        # what was calibrated: for each width a buffer (2, channels of all layers)
+        # switchable: BatchNorms for each width. universal: one for all widths; its statistics are
+        # buffers, one for each calibrated width, with a row of means and a row of variances
         if bn == "switchable":
             norms = [nn.ModuleList(map(nn.BatchNorm2d, self.channels(w))) for w in widths]
         else:
@@ -251,10 +252,11 @@ class SlimmableMobileNetV1(nn.Module):
     def run_masked(self, x, channels):
         """Logits at n widths in one pass, for training: a list of (N, num_classes).
 
-        channels: (n, 27), of every layer at each width. Activations are (N, n * C, H, W) with all
-        C channels of a layer for every width. Gamma and beta are 0 beyond the width's own, so
-        those channels are 0 after BatchNorm and ReLU6, and no gradient comes back from them. No
-        shape depends on the widths: slices of new sizes make cuDNN plan its kernels at every step.
+        No shape depends on the widths, because slices of new sizes would make cuDNN plan its
+        kernels at every step. channels: (n, 27), of every layer at each width. Activations are
+        (N, n * C, H, W) with all C channels of a layer for every width. Gamma and beta are 0
+        beyond the width's own, so those channels are 0 after BatchNorm and ReLU6, and no gradient
+        comes back from them.
         """
         n = len(channels)
         channels = channels.to(x.device, non_blocking=True)
@@ -308,7 +310,7 @@ class SlimmableMobileNetV1(nn.Module):
         normalised and augmented as in training, best of 64 images or more. A batch counts by its
         number of images. ValueError where there is none.
         """
-        widths = self.widths if widths is None else widths
+        widths = {round(float(width), 7) for width in widths or self.widths}
         for width in widths:
             self.layers(width)  # ValueError before anything changes
 
@@ -328,7 +330,7 @@ class SlimmableMobileNetV1(nn.Module):
             raise ValueError("calibrate needs images, there was no batch")
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        """Make places for the statistics that are there, in a state dict of another network too."""
+        """As for any module; first a buffer is made for each calibrated width of the state dict."""
         self.statistics = nn.Module()
         for name, both in state_dict.items():
             if name.startswith(f"{prefix}statistics."):
@@ -481,7 +483,7 @@ class MSDNet(nn.Module):
 
     # Channels of a scale relative to the finest one, and how much wider its bottlenecks are.
     FACTORS = (1, 2, 4)
-    widths = None  # of the sub-models, which are exits
+    widths = None  # of every family the widths of its sub-models; these are exits
 
     def __init__(self, num_classes=100, exits=7, base=4, step=2, step_mode="even", channels=16,
                  growth=6, gradient_equilibrium=False):
@@ -550,7 +552,8 @@ class MSDNet(nn.Module):
 
     def sub_models(self, image_size=32, widths=None):
         """The exits, each with its name, params (with BatchNorm's) and macs (multiply-accumulates
-        for one square image) of the blocks up to it and its own head.
+        for one square image) of the blocks up to it and its own head. (`extract` leaves out what
+        the exit does not read, up to 11 % of them.)
 
         early_exit_macs: with all heads on the way, as `early_exit` computes them.
         """
@@ -561,9 +564,10 @@ class MSDNet(nn.Module):
 
         subs = []
         blocks = heads = 0
+        name = type(self).__name__
         for k in range(len(self.heads)):
-            head = sum(flops[f"MSDNet.heads.{k}"].values()) // 2
-            blocks += sum(flops[f"MSDNet.blocks.{k}"].values()) // 2
+            head = sum(flops[f"{name}.heads.{k}"].values()) // 2
+            blocks += sum(flops[f"{name}.blocks.{k}"].values()) // 2
             heads += head
             alone = MSDExit(self.blocks[:k + 1], self.heads[k])
             params = sum(p.numel() for p in alone.parameters())
@@ -715,9 +719,10 @@ class Data:
 
 
 def augment(images, generator, flip=True):
-    """CIFAR augmentation of (N, 3, H, W): zero-pad by an eighth, crop and flip at random.
+    """CIFAR augmentation of (N, 3, H, W) uint8: zero-pad by an eighth, crop and flip at random.
 
-    generator: of the CPU, so that every device trains on the same images.
+    generator: of the CPU, so that every device trains on the same images. It is used in the same
+    way without flips.
     """
     n, _, height, width = images.shape
     pad = height // 8
@@ -730,7 +735,7 @@ def augment(images, generator, flip=True):
     flipped = draw(2).bool().view(n, 1, 1, 1)
     padded = F.pad(images, (pad, pad, pad, pad))
     windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # views: (N, 3, top, left, H, W)
-    crops = windows[torch.arange(n, device=images.device), :, top, left]
+    crops = windows[torch.arange(n, device=images.device), :, top, left]  # one of each image
     return torch.where(flipped, crops.flip(3), crops) if flip else crops
 
 
@@ -875,14 +880,15 @@ def load_folder(root, size):
 
 
 def hold_out(splits, train_size, val_size, name):
-    """Reduce splits["train"] to train_size images (0: all others) and add val_size of them as
-    splits["val"], drawn at random, the same for every seed. InputError when there are too few."""
+    """Keep train_size images (0: all that are left) in splits["train"] and hold val_size others
+    out as splits["val"], drawn at random, the same for every seed. InputError if they are too few.
+    """
     images, labels = splits["train"]
     n = len(images)
     kept = train_size or n - val_size
     if not 2 <= kept <= n - val_size:
-        raise InputError(f"{name} has {n:,} training images, too few for --train-size {train_size} "
-                         f"and --val-size {val_size}")
+        raise InputError(f"--train-size {train_size} and --val-size {val_size} do not fit: {name} "
+                         f"has {n:,} training images, and 2 are the least to train on")
     if kept < n:
         order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
         splits["train"] = images[order[:kept]], labels[order[:kept]]
@@ -891,34 +897,15 @@ def hold_out(splits, train_size, val_size, name):
             splits["val"] = images[held], labels[held]
 
 
-def load_data(cfg):
-    """The Data that the options name, on the CPU. InputError when files are missing, unreadable or
-    too few."""
-    root = Path(cfg.data_dir).expanduser()
-    if cfg.dataset == "shapes":
-        n = (cfg.train_size or 1500) + cfg.val_size
-        classes = list(SHAPES)
-        splits = {"train": draw_shapes(n, seed=0), "test": draw_shapes(1000, seed=1)}
-    elif cfg.dataset == "folder":
-        splits, classes = load_folder(root, cfg.image_size)
-    else:
-        splits, classes = load_cifar(cfg.dataset, root)
-    hold_out(splits, cfg.train_size, cfg.val_size, cfg.data_name)
+# ==== Options: the fields of Config, and the data and network that they name ====================
 
-    # one channel at a time: as floats, images take four times as much memory
-    if cfg.dataset in CIFAR_STATISTICS:
-        mean, std = torch.tensor(CIFAR_STATISTICS[cfg.dataset])
-    else:
-        channels = splits["train"][0].unbind(1)
-        pairs = [torch.std_mean(channel / 255, correction=0) for channel in channels]
-        std, mean = torch.tensor(pairs).T
-    return Data(splits, classes, mean, std.clamp_min(1e-3))
-
-
-# ==== Options: the fields of Config (kd_weight is --kd-weight) ==================================
-
-# A family: its class, whether its sub-models are exits and whether a CPU can compile its training,
-# its order of memory on a CPU, and its defaults: always, with --small, on shapes.
+# The families of networks. Training knows of a network only forward(x, widths) -> list of logits,
+# step_widths, parameter_groups, calibrate, sub_models, extract and widths.
+#   exits: its sub-models are exits, for early_exit.
+#   cpu_compiles: --compile works on a CPU.
+#   cpu_format: the order of memory that is fastest on a CPU.
+#   defaults, small, shapes: options that differ from Config's: always; with --small, and on
+#       shapes; on shapes.
 NETWORKS = {
     "msdnet": SimpleNamespace(
         cls=MSDNet, exits=True, cpu_compiles=True, cpu_format=torch.contiguous_format,
@@ -933,11 +920,16 @@ NETWORKS = {
 }
 
 
+def flag(name):
+    """The option of the command line that sets this field of Config."""
+    return "--" + name.replace("_", "-")
+
+
 def option(default, help, kind="setting", low=None, high=2**31 - 1, choices=None):
     """A field of Config with its range or choices.
 
     kind: "msdnet", "slimmable" or "folder": refused for other networks or data. "distillation":
-        without effect on ce. "run": not what reports compare, or in their titles. "setting": rest.
+        without effect on ce. "run": reports do not list it among the settings. "setting": others.
     """
     about = dict(help=help, kind=kind, low=low, high=high, choices=choices)
     return field(default=default, metadata=about)
@@ -961,7 +953,7 @@ class Config:
     temperature: float = option(1.0, "of softmax in distillation", "distillation", 1e-3, 1e3)
     epochs: int = option(300, "passes over the images", "run", 1)
     batch_size: int = option(64, "images of a step", low=2)
-    lr: float = option(0.1, "highest learning rate of SGD", low=0, high=1e6)
+    lr: float = option(0.1, "learning rate, before schedule and warm-up", low=0, high=1e6)
     lr_warmup: float = option(0.3, "share of training while it rises from 0", low=0, high=1)
     schedule: str = option("multistep", "of the learning rate; multistep: x 0.1 at 1/2 and 3/4",
                            choices=("multistep", "cosine", "linear"))
@@ -1006,10 +998,6 @@ class Config:
         return self.dataset
 
 
-def flag(name):
-    return "--" + name.replace("_", "-")
-
-
 def refuse_other_family(arch, dataset, given):
     """InputError for an option of another network or kind of data than these."""
     for f in fields(Config):
@@ -1033,9 +1021,33 @@ def make_config(given):
     return Config(**options)
 
 
+def load_data(cfg):
+    """The Data that the options name, on the CPU. InputError when files are missing, unreadable or
+    too few."""
+    root = Path(cfg.data_dir).expanduser()
+    if cfg.dataset == "shapes":
+        n = (cfg.train_size or 1500) + cfg.val_size
+        classes = list(SHAPES)
+        splits = {"train": draw_shapes(n, seed=0), "test": draw_shapes(1000, seed=1)}
+    elif cfg.dataset == "folder":
+        splits, classes = load_folder(root, cfg.image_size)
+    else:
+        splits, classes = load_cifar(cfg.dataset, root)
+    hold_out(splits, cfg.train_size, cfg.val_size, cfg.data_name)
+
+    # one channel at a time: as floats, images take four times as much memory
+    if cfg.dataset in CIFAR_STATISTICS:
+        mean, std = torch.tensor(CIFAR_STATISTICS[cfg.dataset])
+    else:
+        channels = splits["train"][0].unbind(1)
+        pairs = [torch.std_mean(channel / 255, correction=0) for channel in channels]
+        std, mean = torch.tensor(pairs).T
+    return Data(splits, classes, mean, std.clamp_min(1e-3))
+
+
 def build_model(cfg, num_classes):
     """The network that the options describe; InputError when they do not fit each other."""
-    cls = NETWORKS[cfg.arch].cls
+    cls = NETWORKS[cfg.arch].cls  # whose arguments have the names of options
     own = [name for name in inspect.signature(cls).parameters if name != "num_classes"]
     try:
         return cls(num_classes, **{name: getattr(cfg, name) for name in own})
@@ -1069,14 +1081,15 @@ def calibration_batches(cfg, data, images=2048):
 
 
 def eval_batch_size(cfg):
-    """What trains can be evaluated: without gradients, four times as many images fit."""
+    """Four times the batch of training needs no more memory, because there are no gradients."""
     return min(256, 4 * cfg.batch_size)
 
 
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")
 def predict(model, data, split, widths=None, batch_size=256):
-    """Logits (K, N, C) of every sub-model, smallest first, and labels (N,) of a split."""
+    """Logits (K, N, C) of every sub-model, smallest first, in float32, and labels (N,) of a split.
+    The model is then in eval mode."""
     model.eval()
     images, labels = data.splits[split]
 
@@ -1139,7 +1152,7 @@ def budgeted(model, data, image_size=32, batch_size=256):
 # ==== Training ==================================================================================
 
 def lr_factor(schedule, progress):
-    """Learning rate relative to its peak, after this share (0 to 1) of the training."""
+    """What the schedule makes of the learning rate after this share (0 to 1) of the training."""
     if schedule == "linear":
         return 1 - progress
     if schedule == "cosine":
@@ -1181,7 +1194,7 @@ class State:
         groups = [{"params": no_decay, "weight_decay": 0.0}, {"params": decay}]
         self.optimizer = torch.optim.SGD(groups, cfg.lr, momentum=0.9, nesterov=True, fused=True,
                                          weight_decay=cfg.weight_decay)
-        # zeros: the same first step as without buffers, and nothing to decide while recording
+        # zeros: the same first step as without buffers, and a CUDA graph needs them beforehand
         for p in model.parameters():
             self.optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
 
@@ -1213,7 +1226,7 @@ class State:
 
 
 def make_step(cfg, state, data, amp):
-    """The function that does one training step; see its docstring."""
+    """Returns the function that trains one step. amp: the dtype of autocast, or None."""
 
     def step(images, labels, widths, lr, kd_weight):
         """One step of all its sub-models together; returns the loss.
@@ -1249,7 +1262,7 @@ class RecordedStep:
     def __init__(self, step, device):
         self.step = step
         self.device = device
-        self.stream = torch.cuda.Stream(device)  # one for all: each has memory of its own
+        self.stream = torch.cuda.Stream(device)  # only one, because each has memory of its own
         self.places = None
         self.graph = None
         self.calls = 0
@@ -1324,7 +1337,7 @@ def train_epoch(cfg, state, data, step):
     state.model.train()
     start = time.perf_counter()
     total = torch.zeros((), device=images.device)
-    draw_widths = partial(sandwich_widths, cfg.sandwich, generator=state.order_rng)
+    draw_widths = partial(sandwich_widths, cfg.sandwich, generator=state.order_rng)  # if it draws
 
     # whole batches only: a step on a few images would count like a full one
     epoch = len(state.history)
@@ -1356,6 +1369,7 @@ def train_epoch(cfg, state, data, step):
 
 
 def print_epoch(cfg, record, minutes_left):
+    """One line for one epoch."""
     line = (f"epoch {record['epoch']}/{cfg.epochs}  lr {record['lr']:.4f}  "
             f"loss {record['loss']:.4f}  {record['images/s']:.0f} images/s  "
             f"{minutes_left:.1f} minutes left")
@@ -1365,14 +1379,15 @@ def print_epoch(cfg, record, minutes_left):
 
 
 def train(cfg, state, data, amp, out):
-    """Train to the last epoch, and return the accuracies after it.
+    """Train to the last epoch, and return the accuracies after it (see `evaluate`).
 
-    After each epoch metrics.jsonl and checkpoint.pt are written anew.
+    amp: the dtype of autocast, or None. After each epoch metrics.jsonl and checkpoint.pt in `out`
+    are written anew. InputError when it diverges.
     """
     model = state.model
     device = data.mean.device
 
-    # how a step runs on this device
+    # how a step runs on this device (fp16 skips steps; nobody has tried to record that)
     step = make_step(cfg, state, data, amp)
     if device.type == "cuda" and not cfg.no_cuda_graph and amp != torch.float16:
         step = RecordedStep(step, device)
@@ -1390,9 +1405,10 @@ def train(cfg, state, data, amp, out):
         # what diverged is not kept
         finite = all(tensor.isfinite().all() for tensor in model.state_dict().values())
         if not finite or not math.isfinite(record["loss"]):
-            raise InputError(f"diverged in epoch {epoch}: try a lower --lr than {cfg.lr:g}")
+            raise InputError(f"diverged in epoch {epoch}: begin again in another --out, with a "
+                             f"lower --lr than {cfg.lr:g}")
 
-        # the accuracy of every sub-model, by BatchNorm statistics that are measured anew
+        # the accuracy of every sub-model; slimmable networks need BatchNorm statistics first
         if epoch % cfg.eval_every == 0 or epoch == cfg.epochs:
             model.calibrate(calibration_batches(cfg, data))
             accuracies = evaluate(model, data, batch_size=eval_batch_size(cfg))
@@ -1540,7 +1556,8 @@ def plot(settings, path):
     """Top-1 accuracy against MACs: a panel for each setting, a line for each method. ImportError
     without matplotlib."""
     from matplotlib.figure import Figure
-    styles = {"ce": ("#000000", ":"), "ipkd": ("#E69F00", "--"), "ipkd-ta": ("#0072B2", "-")}
+    looks = itertools.cycle([("#000000", ":"), ("#E69F00", "--"), ("#0072B2", "-")])
+    styles = dict(zip(METHODS, looks))
     figure = Figure((4.5 * len(settings), 4), layout="constrained", dpi=150)
     panels = figure.subplots(1, len(settings), squeeze=False)[0]
 
@@ -1567,8 +1584,8 @@ def plot(settings, path):
 # ==== Runs and command line =====================================================================
 
 def load_checkpoint(path):
-    """A checkpoint.pt as (Config, network in eval mode, content), on the CPU. InputError for a
-    damaged one, and for code in it."""
+    """A checkpoint.pt as (Config, network in eval mode, content), on the CPU. InputError if it is
+    damaged, or would run code."""
     try:
         # torch.load does not compare checksums
         with zipfile.ZipFile(path) as archive:
@@ -1578,7 +1595,7 @@ def load_checkpoint(path):
         cfg = config_of(content["config"], path)
         model = build_model(cfg, len(content["classes"]))
         model.eval().load_state_dict(content["model"])
-        content["mean"].view(3), content["std"].view(3)
+        content["mean"].view(3), content["std"].view(3)  # fails unless they are three numbers
         return cfg, model, content
     except Exception as error:  # torch raises many types
         raise InputError(f"cannot read checkpoint '{path}': {error!r}") from error
@@ -1586,10 +1603,11 @@ def load_checkpoint(path):
 
 def pick_device(cfg):
     """The device, and the dtype of autocast or None: what "auto" means on this machine."""
-    # tried out, so that a wrong name is reported before images are read
     name, amp = cfg.device, cfg.amp
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+
+    # tried out, so that a wrong name is reported before images are read
     try:
         device = torch.device(name)
         torch.ones(1, device=device).item()
@@ -1599,7 +1617,8 @@ def pick_device(cfg):
     # half the memory traffic where the GPU has bf16; float32 elsewhere
     if amp == "auto":
         on_gpu = device.type == "cuda"
-        amp = "bf16" if on_gpu and torch.cuda.is_bf16_supported(False) else "off"
+        bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+        amp = "bf16" if bf16 else "off"
     if cfg.compile and device.type == "cpu" and not NETWORKS[cfg.arch].cpu_compiles:
         raise InputError(f"--compile of {cfg.arch} needs a GPU: on a CPU its shapes always change")
     return device, {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
@@ -1620,20 +1639,23 @@ def check_images(cfg, data, content):
         raise InputError(f"--data-dir '{cfg.data_dir}' does not have the images of the run")
 
 
-def keep_options(cfg, given, where):
-    """cfg, whose place (data_dir and device) may be given anew; a line names what else differs."""
+def keep_options(cfg, given, where, free=("data_dir", "device")):
+    """cfg, of which the `free` options may be given anew; a line names others that differ.
+    InputError for an option of another network."""
+    refuse_other_family(cfg.arch, cfg.dataset, given)
     changed = replace(cfg, **given)
     other = []
     for f in fields(cfg):
         own = getattr(cfg, f.name)
-        if own != getattr(changed, f.name) and f.name not in ("data_dir", "device"):
+        if f.name not in free and own != getattr(changed, f.name):
             other.append(f"{flag(f.name)} {own}")
     if other:
         print(f"'{where}' keeps its own options: {', '.join(other)}")
-    return replace(cfg, data_dir=changed.data_dir, device=changed.device)
+    return replace(cfg, **{name: getattr(changed, name) for name in free})
 
 
 def read_config(path):
+    """The Config in a config.json. InputError if it is none."""
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -1684,17 +1706,22 @@ def finish(cfg, model, data, accuracies, out, about):
     write_text(out / "results.json", json.dumps(results, indent=2))
 
 
+def find_run(given, out, resume):
+    """Options and directory of the run, and whether it has begun: then the options are its own.
+    InputError when another run has the directory."""
+    if out is None:
+        cfg = make_config(given)
+        out = Path(f"runs/{cfg.arch}-{cfg.data_name}-{cfg.method}-seed{cfg.seed}")
+    if not (out / "config.json").exists():
+        return make_config(given), out, False
+    if not resume:
+        raise InputError(f"'{out}' has a run: choose another --out, or go on by --resume")
+    return keep_options(read_config(out / "config.json"), given, out), out, True
+
+
 def run_training(given, out, resume):
     """One run in a directory of its own, from its beginning or from its last finished epoch."""
-    cfg = make_config(given)
-    out = out or Path(f"runs/{cfg.arch}-{cfg.data_name}-{cfg.method}-seed{cfg.seed}")
-
-    # a run that goes on keeps its options; without a checkpoint it begins again
-    begun = (out / "config.json").exists()
-    if begun and not resume:
-        raise InputError(f"'{out}' has a run: choose another --out, or go on by --resume")
-    if begun:
-        cfg = keep_options(read_config(out / "config.json"), given, out)
+    cfg, out, begun = find_run(given, out, resume)
     if begun and (out / "results.json").exists():
         print(f"the run in '{out}' is finished")
         return
@@ -1709,7 +1736,8 @@ def run_training(given, out, resume):
     data, model = place(cfg, device, data, model)
     state = State(cfg, model, device, amp)
 
-    # what was reached before, or a new directory, now that nothing keeps the run from beginning
+    # what was reached before (without a checkpoint: nothing), or a directory for a new run, now
+    # that nothing keeps it from beginning
     if begun and (out / "checkpoint.pt").exists():
         content = load_checkpoint(out / "checkpoint.pt")[2]
         check_images(cfg, data, content)
@@ -1717,7 +1745,7 @@ def run_training(given, out, resume):
     elif not begun:
         claim(cfg, out)
 
-    # what it is that is trained
+    # say what is trained
     images, tested = (len(data.splits[split][1]) for split in ("train", "test"))
     precision = str(amp or torch.float32).removeprefix("torch.")
     print(f"{cfg.arch}: {sum(p.numel() for p in model.parameters()):,} parameters\n"
@@ -1729,7 +1757,7 @@ def run_training(given, out, resume):
     if len(data.classes) < 2:
         print("warning: with one class there is nothing to learn", file=sys.stderr)
 
-    # after the last epoch: what it is that was reached, by which means
+    # train, and write down what came out and how
     accuracies = train(cfg, state, data, amp, out)
     finish(cfg, model, data, accuracies, out, {
         "config": asdict(cfg),
@@ -1746,13 +1774,12 @@ def run_training(given, out, resume):
 
 def run_evaluation(path, given):
     """The table of a checkpoint, of a universal slimmable network at any --widths."""
-    # the options are the run's, only its place may be another one
+    # the options are the run's, but its place may be another one, and nothing is compiled
     cfg, model, content = load_checkpoint(path)
-    refuse_other_family(cfg.arch, cfg.dataset, given)
-    widths = given.pop("widths", cfg.widths)
-    cfg = keep_options(replace(cfg, device="auto"), given, path)
+    cfg = replace(cfg, device="auto", compile=False)
+    cfg = keep_options(cfg, given, path, free=("data_dir", "device", "widths"))
     try:
-        subs = model.sub_models(cfg.image_size, widths)
+        subs = model.sub_models(cfg.image_size, cfg.widths)
     except ValueError as error:
         raise InputError(f"--widths: {error}") from error
 
@@ -1763,13 +1790,15 @@ def run_evaluation(path, given):
     data, model = place(cfg, device, data, model)
 
     # the same statistics as at the end of training, or those of other widths
-    model.calibrate(calibration_batches(cfg, data), widths)
-    accuracies = evaluate(model, data, widths=widths, batch_size=eval_batch_size(cfg))
+    model.calibrate(calibration_batches(cfg, data), cfg.widths)
+    accuracies = evaluate(model, data, widths=cfg.widths, batch_size=eval_batch_size(cfg))
     print_results(subs, accuracies)
 
 
 class Parser(argparse.ArgumentParser):
-    def error(self, message):  # one line instead of the usage
+    """Reports a wrong command line as one line."""
+
+    def error(self, message):
         raise InputError(f"{message} (see --help)")
 
 
