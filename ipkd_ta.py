@@ -17,6 +17,7 @@ To reuse the loss or a network, copy its room, banner to banner: it needs only t
 import argparse
 import copy
 import inspect
+import io
 import itertools
 import json
 import math
@@ -167,14 +168,25 @@ class SlimmableMobileNetV1(nn.Module):
         nn.init.normal_(self.classifier.weight, std=0.01)
         nn.init.zeros_(self.classifier.bias)
 
-        # switchable: BatchNorms for each width. universal: one for all widths; its statistics are
-        # buffers, one for each calibrated width, with a row of means and a row of variances
+        # switchable: BatchNorms for each width. universal: one for all widths
         if bn == "switchable":
             norms = [nn.ModuleList(map(nn.BatchNorm2d, self.channels(w))) for w in widths]
         else:
             norms = [nn.BatchNorm2d(c, track_running_stats=False) for c in channels]
         self.norms = nn.ModuleList(norms)
+        self.forget()
+
+    def forget(self):
+        """Universal: the statistics of each width are a buffer with a row of means and a row of
+        variances; now those of `widths` are nan, and others are gone."""
         self.statistics = nn.Module()
+        if self.bn == "universal":
+            for width in self.widths:
+                self.set_statistics(width, math.nan)
+
+    def set_statistics(self, width, value):
+        both = self.classifier.weight.new_full((2, sum(self.channels(width))), value)
+        self.statistics.register_buffer(self.key(width), both)
 
     def channels(self, width):
         """Output channels of the 27 convolutions: of c * width the nearest multiple of 8, which
@@ -195,8 +207,8 @@ class SlimmableMobileNetV1(nn.Module):
     def layers(self, width, measured=False):
         """What the 27 layers compute with at this width, as views of the network's tensors.
 
-        A list of (conv, weight, gamma, beta, mean, variance). The last two are None if they were
-        not calibrated; with `measured` that is a ValueError.
+        A list of (conv, weight, gamma, beta, mean, variance). The last two are None or nan if they
+        were not calibrated; with `measured` that is a ValueError.
         """
         width = round(float(width), 7)
         if not self.widths[0] <= width <= self.widths[-1]:
@@ -212,11 +224,13 @@ class SlimmableMobileNetV1(nn.Module):
             norms = self.norms[self.widths.index(width)]
             means = [norm.running_mean for norm in norms]
             variances = [norm.running_var for norm in norms]
-        elif hasattr(self.statistics, self.key(width)):
-            both = getattr(self.statistics, self.key(width))
-            means, variances = (row.split(channels) for row in both)
-        elif measured:
-            raise ValueError(f"width {width} has no statistics: call calibrate(batches, [{width}])")
+        else:
+            both = getattr(self.statistics, self.key(width), None)
+            if measured and (both is None or both.isnan().any()):
+                raise ValueError(f"width {width} has no statistics: "
+                                 f"call calibrate(batches, [{width}])")
+            if both is not None:
+                means, variances = (row.split(channels) for row in both)
 
         layers = []
         c_in = 3
@@ -299,7 +313,7 @@ class SlimmableMobileNetV1(nn.Module):
     def train(self, mode=True):
         """As for any module; training forgets what was calibrated, as weights are to change."""
         if mode:
-            self.statistics = nn.Module()
+            self.forget()
         return super().train(mode)
 
     @torch.no_grad()
@@ -310,28 +324,32 @@ class SlimmableMobileNetV1(nn.Module):
         normalised and augmented as in training, best of 64 images or more. A batch counts by its
         number of images. ValueError where there is none.
         """
-        widths = {round(float(width), 7) for width in widths or self.widths}
+        asked = self.widths if widths is None else widths
+        widths = {round(float(width), 7) for width in asked}
         for width in widths:
             self.layers(width)  # ValueError before anything changes
 
-        # the statistics become the mean over the images seen
+        # the statistics become the mean over the images seen; a part of them is none
         seen = 0
-        for batch in batches:
-            x = batch if torch.is_tensor(batch) else batch[0]
-            x = x.to(self.classifier.weight)
-            if seen == 0 and self.bn == "universal":
+        try:
+            for batch in batches:
+                x = batch if torch.is_tensor(batch) else batch[0]
+                x = x.to(self.classifier.weight)
                 for width in widths:
-                    both = self.classifier.weight.new_zeros(2, sum(self.channels(width)))
-                    self.statistics.register_buffer(self.key(width), both)
-            seen += len(x)
-            for width in widths:
-                self.run(x, self.layers(width), training=True, momentum=len(x) / seen)
+                    if seen == 0 and self.bn == "universal":
+                        self.set_statistics(width, 0.0)
+                    share = len(x) / (seen + len(x))
+                    self.run(x, self.layers(width), training=True, momentum=share)
+                seen += len(x)
+        except BaseException:
+            self.forget()
+            raise
         if seen == 0:
             raise ValueError("calibrate needs images, there was no batch")
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         """As for any module; first a buffer is made for each calibrated width of the state dict."""
-        self.statistics = nn.Module()
+        self.forget()
         for name, both in state_dict.items():
             if name.startswith(f"{prefix}statistics."):
                 place = self.classifier.weight.new_empty(both.shape)
@@ -796,7 +814,8 @@ def exif_orientation(exif):
     for i in range(number(directory, 2)):
         entry = directory + 2 + 12 * i
         if number(entry, 2) == 0x0112:
-            return number(entry + 8, 2)
+            size = 4 if number(entry + 2, 2) == 4 else 2  # type 4 is a long, 3 the usual short
+            return number(entry + 8, size)
     return 0
 
 
@@ -1035,24 +1054,35 @@ def load_data(cfg):
         splits, classes = load_cifar(cfg.dataset, root)
     hold_out(splits, cfg.train_size, cfg.val_size, cfg.data_name)
 
-    # one channel at a time: as floats, images take four times as much memory
+    # one channel at a time and in place: as floats, images take four times as much memory
     if cfg.dataset in CIFAR_STATISTICS:
         mean, std = torch.tensor(CIFAR_STATISTICS[cfg.dataset])
     else:
         channels = splits["train"][0].unbind(1)
-        pairs = [torch.std_mean(channel / 255, correction=0) for channel in channels]
+        pairs = [torch.std_mean(channel.float().div_(255), correction=0) for channel in channels]
         std, mean = torch.tensor(pairs).T
     return Data(splits, classes, mean, std.clamp_min(1e-3))
 
 
 def build_model(cfg, num_classes):
-    """The network that the options describe; InputError when they do not fit each other."""
+    """The network that the options describe, the same for one seed; InputError when they do not
+    fit each other."""
     cls = NETWORKS[cfg.arch].cls  # whose arguments have the names of options
     own = [name for name in inspect.signature(cls).parameters if name != "num_classes"]
     try:
-        return cls(num_classes, **{name: getattr(cfg, name) for name in own})
+        with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
+            torch.manual_seed(cfg.seed)
+            return cls(num_classes, **{name: getattr(cfg, name) for name in own})
     except ValueError as error:
         raise InputError(f"--arch {cfg.arch}: {error}") from error
+
+
+def read_json(path):
+    """What a JSON file holds. InputError if it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"'{path}' is damaged: {error}") from error
 
 
 def config_of(saved, where):
@@ -1166,21 +1196,14 @@ def ramp(progress, share):
     return min(1.0, progress / share) if share else 1.0
 
 
-@contextmanager
-def replacing(path):
-    """A temporary name for the file to write, which then takes its place: never half a file."""
+def write_file(path, content):
+    """Replace a file by these bytes in one step: there is never half a file."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        yield temporary
+        temporary.write_bytes(content)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def write_text(path, text):
-    """Replace a file in one step."""
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
 
 
 class State:
@@ -1213,8 +1236,9 @@ class State:
         content["order_rng"] = self.order_rng.get_state()
         content["crop_rng"] = self.crop_rng.get_state()
         content["history"] = self.history
-        with replacing(path) as temporary:
-            torch.save({**about, **content}, temporary)
+        whole = io.BytesIO()  # of a full disk torch.save has no OSError
+        torch.save({**about, **content}, whole)
+        write_file(path, whole.getbuffer())
 
     def load(self, content):
         """Go on from a checkpoint, on a CPU to the same bits as a run that never stopped."""
@@ -1368,6 +1392,13 @@ def train_epoch(cfg, state, data, step):
     }
 
 
+def has_diverged(model, loss):
+    """Whether loss or network are no finite numbers. (A nan buffer was not measured yet.)"""
+    finite = all(p.isfinite().all() for p in model.parameters())
+    overflow = any(buffer.isinf().any() for buffer in model.buffers())
+    return overflow or not finite or not math.isfinite(loss)
+
+
 def print_epoch(cfg, record, minutes_left):
     """One line for one epoch."""
     line = (f"epoch {record['epoch']}/{cfg.epochs}  lr {record['lr']:.4f}  "
@@ -1403,8 +1434,7 @@ def train(cfg, state, data, amp, out):
             record = train_epoch(cfg, state, data, step)
 
         # what diverged is not kept
-        finite = all(tensor.isfinite().all() for tensor in model.state_dict().values())
-        if not finite or not math.isfinite(record["loss"]):
+        if has_diverged(model, record["loss"]):
             raise InputError(f"diverged in epoch {epoch}: begin again in another --out, with a "
                              f"lower --lr than {cfg.lr:g}")
 
@@ -1416,7 +1446,8 @@ def train(cfg, state, data, amp, out):
 
         # what it takes to go on from here
         state.history.append(record)
-        write_text(out / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in state.history))
+        lines = "".join(json.dumps(line) + "\n" for line in state.history)
+        write_file(out / "metrics.jsonl", lines.encode())
         state.save(out / "checkpoint.pt", config=asdict(cfg), classes=data.classes,
                    mean=data.mean.cpu(), std=data.std.cpu())
 
@@ -1435,14 +1466,18 @@ T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 def read_run(path):
     """What a report needs of a results.json. InputError if it is none of this program."""
     try:
-        run = json.loads(path.read_text(encoding="utf-8"))
-        cfg = config_of(run["config"], path)
-        names = [sub["name"] for sub in run["sub_models"]]
-        top1 = [float(sub["top1"]) for sub in run["sub_models"]]
-        mmacs = [sub["macs"] / 1e6 for sub in run["sub_models"]]
-        mean(top1)  # of at least one
-    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        return run_of(read_json(path), path)
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
         raise InputError(f"'{path}' is not the results.json of a run: {error!r}") from error
+
+
+def run_of(run, path):
+    """What a report needs of the content of a results.json."""
+    cfg = config_of(run["config"], path)
+    names = [str(sub["name"]) for sub in run["sub_models"]]
+    top1 = [float(sub["top1"]) for sub in run["sub_models"]]
+    mmacs = [sub["macs"] / 1e6 for sub in run["sub_models"]]
+    mean(top1)  # of at least one
 
     # the data set: two of one name differ in their numbers; results before version 3 lack them
     images = run.get("train_images", cfg.train_size)
@@ -1473,13 +1508,19 @@ def find_results(directories):
     def say(error):
         print(f"left out: {error}", file=sys.stderr)
 
-    paths = set()
+    paths = []
+    seen = set()  # a link may lead back
     for directory in directories:
         if not directory.is_dir():
             raise InputError(f"--report: '{directory}' is no directory")
-        for folder, _, files in os.walk(directory, onerror=say, followlinks=True):
+        for folder, below, files in os.walk(directory, onerror=say, followlinks=True):
+            real = Path(folder).resolve()
+            if real in seen:
+                below.clear()
+                continue
+            seen.add(real)
             if "results.json" in files:
-                paths.add(Path(folder, "results.json").resolve())
+                paths.append(real / "results.json")
             elif "config.json" in files:
                 say(f"the run in '{folder}' is not finished")
     return sorted(paths)
@@ -1578,7 +1619,10 @@ def plot(settings, path):
         axes.set_ylabel("top-1 %, bars: standard deviation")
         axes.grid(alpha=0.3)
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=3)
-    figure.savefig(path)
+    try:
+        figure.savefig(path)
+    except ValueError as error:  # of the suffix
+        raise InputError(f"--plot: {error}") from error
 
 
 # ==== Runs and command line =====================================================================
@@ -1654,15 +1698,6 @@ def keep_options(cfg, given, where, free=("data_dir", "device")):
     return replace(cfg, **{name: getattr(changed, name) for name in free})
 
 
-def read_config(path):
-    """The Config in a config.json. InputError if it is none."""
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"'{path}' is damaged: {error}") from error
-    return config_of(saved, path)
-
-
 def claim(cfg, out):
     """Take the directory for a new run, by the file that only one process can create."""
     out.mkdir(parents=True, exist_ok=True)
@@ -1700,10 +1735,10 @@ def finish(cfg, model, data, accuracies, out, about):
         results["validation"] = evaluate(model, data, "val", batch_size=batch_size)
         if NETWORKS[cfg.arch].exits:
             budgets = budgeted(model, data, cfg.image_size, batch_size)
-            write_text(out / "budget.json", json.dumps({"budgets": budgets}, indent=2))
+            write_file(out / "budget.json", json.dumps({"budgets": budgets}, indent=2).encode())
 
     # last of all: a run that has this file is finished
-    write_text(out / "results.json", json.dumps(results, indent=2))
+    write_file(out / "results.json", json.dumps(results, indent=2).encode())
 
 
 def find_run(given, out, resume):
@@ -1712,11 +1747,12 @@ def find_run(given, out, resume):
     if out is None:
         cfg = make_config(given)
         out = Path(f"runs/{cfg.arch}-{cfg.data_name}-{cfg.method}-seed{cfg.seed}")
-    if not (out / "config.json").exists():
+    path = out / "config.json"
+    if not path.exists():
         return make_config(given), out, False
     if not resume:
         raise InputError(f"'{out}' has a run: choose another --out, or go on by --resume")
-    return keep_options(read_config(out / "config.json"), given, out), out, True
+    return keep_options(config_of(read_json(path), path), given, out), out, True
 
 
 def run_training(given, out, resume):
@@ -1730,16 +1766,15 @@ def run_training(given, out, resume):
     start = time.perf_counter()
     device, amp = pick_device(cfg)
     data = load_data(cfg)
-    with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
-        torch.manual_seed(cfg.seed)
-        model = build_model(cfg, len(data.classes))
-    data, model = place(cfg, device, data, model)
+    data, model = place(cfg, device, data, build_model(cfg, len(data.classes)))
     state = State(cfg, model, device, amp)
 
     # what was reached before (without a checkpoint: nothing), or a directory for a new run, now
     # that nothing keeps it from beginning
     if begun and (out / "checkpoint.pt").exists():
-        content = load_checkpoint(out / "checkpoint.pt")[2]
+        saved, _, content = load_checkpoint(out / "checkpoint.pt")
+        if replace(saved, data_dir=cfg.data_dir, device=cfg.device) != cfg:
+            raise InputError(f"'{out}' has the checkpoint.pt of another run, or its config.json")
         check_images(cfg, data, content)
         state.load(content)
     elif not begun:

@@ -407,13 +407,24 @@ class TestSlimmable:
         assert sum(name.startswith("statistics.") for name in state) == 3
 
     @torch.no_grad()
-    def test_state_dicts_can_be_averaged(self):
-        a = calibrated("universal").state_dict()
-        b = shaken(calibrated("universal", scale=3)).state_dict()
-        mean = {name: (a[name] + b[name]) / 2 for name in a}
-        model = tiny_model("universal")
-        model.load_state_dict(mean)
-        exact(dict(model.state_dict()), mean)
+    @both_kinds
+    @rows("buffers", [True, False])
+    def test_weights_can_be_averaged_between_calibrations(self, arch, buffers):
+        average = torch.optim.swa_utils.AveragedModel(calibrated(arch), use_buffers=buffers)
+        models = calibrated(arch), shaken(calibrated(arch)).train(), shaken(calibrated(arch))
+        for model in models:
+            average.update_parameters(model)
+            average.module.calibrate([images_of(8)])
+        for p, *theirs in zip(average.parameters(), *(model.parameters() for model in models)):
+            assert_close(p, sum(theirs) / 3)
+
+    @torch.no_grad()
+    def test_a_calibration_that_fails_leaves_no_statistics(self):
+        model = calibrated("universal")
+        with pytest.raises(ValueError, match="more than 1 value"):
+            model.calibrate([images_of(8), images_of(1)[:, :, :8, :8]])
+        with pytest.raises(ValueError, match="has no statistics"):
+            answers_of(model)
 
     @torch.no_grad()
     @both_kinds
@@ -1123,7 +1134,7 @@ class TestTraining:
         def spoiled(cfg, state, *rest):
             record = real(cfg, state, *rest)
             if record["epoch"] == 2:
-                next(state.model.buffers()).fill_(math.nan)
+                next(state.model.buffers()).fill_(math.inf)
             return record
 
         monkeypatch.setattr(ipkd_ta, "train_epoch", spoiled)
@@ -1242,7 +1253,8 @@ class TestReport:
         for name in ("here", "elsewhere"):
             (tmp_path / name).mkdir()
         write_result(tmp_path / "elsewhere", "ce", 0, [90.0])
-        (tmp_path / "here/linked").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+        for name in ("here", "elsewhere"):
+            (tmp_path / "here" / name).symlink_to(tmp_path / name, target_is_directory=True)
         write_result(tmp_path / "here", "ce", 1, [92.0])
         twin = write_result(tmp_path / "here", "ce", 1, [91.0])
         (tmp_path / "here/unfinished").mkdir()
@@ -1253,7 +1265,8 @@ class TestReport:
 
     @rows("content", [
         b"", b"\xff\xfe", b"[]", b"3", {"config": 3}, {"sub_models": SUB}, {"sub_models": []},
-        {"config": {"arch": "msdnet"}}, {"sub_models": [{**SUB, "macs": None}]},
+        {"config": {"arch": "msdnet"}}, {"sub_models": [{**SUB, "macs": None}]}, {"classes": 10},
+        {"train_images": "40"}, {"sub_models": [{**SUB, "macs": 10**400}]},
         {"config": {**RUN, "seed": "many"}}])
     def test_a_file_that_is_no_result_is_named(self, content, tmp_path, capfd):
         if isinstance(content, dict):
@@ -1278,21 +1291,18 @@ class TestReport:
         assert len(complete) == len(re.findall(",000 × .* [−+]", readme)) > 3
 
     def test_a_plot_has_a_panel_for_each_setting_and_a_line_for_each_method(
-            self, tmp_path, monkeypatch):
+            self, tmp_path, monkeypatch, capfd):
         figure = pytest.importorskip("matplotlib.figure").Figure
         drawn = []
-
-        def kept(*args, **kwargs):
-            drawn.append(figure(*args, **kwargs))
-            return drawn[-1]
-
-        monkeypatch.setattr("matplotlib.figure.Figure", kept)
+        save = figure.savefig
+        monkeypatch.setattr(figure, "savefig", lambda *args: [drawn.append(args[0]), save(*args)])
         for seed in (0, 1):
             write_result(tmp_path, "ce", seed, [90.0 + seed, 91.0])
             write_result(tmp_path, "ipkd-ta", seed, [91.0, 92.0])
         write_result(tmp_path, "ipkd", 0, [80.0], lr=0.2)
         assert run("--report", tmp_path, "--plot", tmp_path / "a.png") == 0
         assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+        assert "'xyz'" in refused(capfd, "--report", tmp_path, "--plot", tmp_path / "a.xyz")
         assert sorted(len(axes.containers) for axes in drawn[0].axes) == [1, 2]
 
 
@@ -1380,6 +1390,12 @@ class TestResume:
         assert before == {file: file.read_bytes() for file in out.iterdir()}
         assert not Path("executed").exists()
 
+    def test_the_checkpoint_of_another_run_is_refused(self, trained, tmp_path, capfd):
+        out = shutil.copytree(trained / "msdnet", tmp_path / "run")
+        (out / "results.json").unlink()
+        shutil.copy(trained / "universal/checkpoint.pt", out)
+        assert "of another run" in refused(capfd, "--resume", "--out", out)
+
     def test_a_resumed_run_keeps_its_options_and_says_so(self, tmp_path, capfd):
         with dying(ipkd_ta, "ipkd_ta_loss", 3), suppress(Killed):
             train_tiny("universal", tmp_path, epochs=2)
@@ -1425,7 +1441,9 @@ class TestResume:
         content["config"]["compile"] = True  # on a GPU
         path = tmp_path / "checkpoint.pt"
         torch.save(content, path)
+        before = torch.get_rng_state()
         assert run("--eval", path, "--widths", 0.05, 0.12) == 0
+        exact(torch.get_rng_state(), before)
         lines = [line.split() for line in capfd.readouterr().out.splitlines()[-2:]]
         assert [name for name, *_ in lines] == ["width-0.05", "width-0.12"]
         first = read(trained / "universal/results.json")["sub_models"][0]
