@@ -329,7 +329,7 @@ class SlimmableMobileNetV1(nn.Module):
         for width in widths:
             self.layers(width)  # ValueError before anything changes
 
-        # the statistics become the mean over the images seen; a part of them is none
+        # the statistics become the mean over the images seen; if this fails, there are none
         seen = 0
         try:
             for batch in batches:
