@@ -174,18 +174,19 @@ class SlimmableMobileNetV1(nn.Module):
         else:
             norms = [nn.BatchNorm2d(c, track_running_stats=False) for c in channels]
         self.norms = nn.ModuleList(norms)
+        self.momentum = 0.1 if bn == "switchable" else 0.0  # of statistics, while training
         self.forget()
 
     def forget(self):
-        """Universal: the statistics of each width are a buffer with a row of means and a row of
-        variances; now those of `widths` are nan, and others are gone."""
+        """Universal: no width has statistics. They are a buffer with a row of means and a row of
+        variances for each width, of -1 until they are measured: no variance is negative."""
         self.statistics = nn.Module()
         if self.bn == "universal":
             for width in self.widths:
-                self.set_statistics(width, math.nan)
+                self.clear(width)
 
-    def set_statistics(self, width, value):
-        both = self.classifier.weight.new_full((2, sum(self.channels(width))), value)
+    def clear(self, width):
+        both = self.classifier.weight.new_full((2, sum(self.channels(width))), -1.0)
         self.statistics.register_buffer(self.key(width), both)
 
     def channels(self, width):
@@ -207,8 +208,8 @@ class SlimmableMobileNetV1(nn.Module):
     def layers(self, width, measured=False):
         """What the 27 layers compute with at this width, as views of the network's tensors.
 
-        A list of (conv, weight, gamma, beta, mean, variance). The last two are None or nan if they
-        were not calibrated; with `measured` that is a ValueError.
+        A list of (conv, weight, gamma, beta, mean, variance). The last two are None or -1 if
+        they were not calibrated; with `measured` that is a ValueError.
         """
         width = round(float(width), 7)
         if not self.widths[0] <= width <= self.widths[-1]:
@@ -226,7 +227,7 @@ class SlimmableMobileNetV1(nn.Module):
             variances = [norm.running_var for norm in norms]
         else:
             both = getattr(self.statistics, self.key(width), None)
-            if measured and (both is None or both.isnan().any()):
+            if measured and (both is None or both[1].min() < 0):
                 raise ValueError(f"width {width} has no statistics: "
                                  f"call calibrate(batches, [{width}])")
             if both is not None:
@@ -251,9 +252,10 @@ class SlimmableMobileNetV1(nn.Module):
         if isinstance(width, (list, tuple)):
             return [self(x, w) for w in sorted(width)]
         width = self.widths[-1] if width is None else width
-        return self.run(x, self.layers(width, measured=not self.training), self.training)
+        layers = self.layers(width, measured=not self.training)
+        return self.run(x, layers, self.training, self.momentum)
 
-    def run(self, x, layers, training, momentum=0.1):
+    def run(self, x, layers, training, momentum):
         """`forward` by the layers of one width; training updates their statistics in place."""
         for conv, weight, gamma, beta, mean, variance in layers:
             groups = len(weight) if conv.groups > 1 else 1
@@ -337,7 +339,7 @@ class SlimmableMobileNetV1(nn.Module):
                 x = x.to(self.classifier.weight)
                 for width in widths:
                     if seen == 0 and self.bn == "universal":
-                        self.set_statistics(width, 0.0)
+                        self.clear(width)
                     share = len(x) / (seen + len(x))
                     self.run(x, self.layers(width), training=True, momentum=share)
                 seen += len(x)
@@ -348,8 +350,8 @@ class SlimmableMobileNetV1(nn.Module):
             raise ValueError("calibrate needs images, there was no batch")
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        """As for any module; first a buffer is made for each calibrated width of the state dict."""
-        self.forget()
+        """As for any module; first a buffer is made for each width that the state dict has."""
+        self.statistics = nn.Module()
         for name, both in state_dict.items():
             if name.startswith(f"{prefix}statistics."):
                 place = self.classifier.weight.new_empty(both.shape)
@@ -906,8 +908,9 @@ def hold_out(splits, train_size, val_size, name):
     n = len(images)
     kept = train_size or n - val_size
     if not 2 <= kept <= n - val_size:
-        raise InputError(f"--train-size {train_size} and --val-size {val_size} do not fit: {name} "
-                         f"has {n:,} training images, and 2 are the least to train on")
+        raise InputError(f"of the {n:,} training images of {name}, --val-size {val_size} are held "
+                         f"out: --train-size must be 0 (all others) or from 2 to {n - val_size}, "
+                         f"got {train_size}")
     if kept < n:
         order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
         splits["train"] = images[order[:kept]], labels[order[:kept]]
@@ -1392,13 +1395,6 @@ def train_epoch(cfg, state, data, step):
     }
 
 
-def has_diverged(model, loss):
-    """Whether loss or network are no finite numbers. (A nan buffer was not measured yet.)"""
-    finite = all(p.isfinite().all() for p in model.parameters())
-    overflow = any(buffer.isinf().any() for buffer in model.buffers())
-    return overflow or not finite or not math.isfinite(loss)
-
-
 def print_epoch(cfg, record, minutes_left):
     """One line for one epoch."""
     line = (f"epoch {record['epoch']}/{cfg.epochs}  lr {record['lr']:.4f}  "
@@ -1434,7 +1430,8 @@ def train(cfg, state, data, amp, out):
             record = train_epoch(cfg, state, data, step)
 
         # what diverged is not kept
-        if has_diverged(model, record["loss"]):
+        finite = all(tensor.isfinite().all() for tensor in model.state_dict().values())
+        if not finite or not math.isfinite(record["loss"]):
             raise InputError(f"diverged in epoch {epoch}: begin again in another --out, with a "
                              f"lower --lr than {cfg.lr:g}")
 
@@ -1749,6 +1746,8 @@ def find_run(given, out, resume):
         out = Path(f"runs/{cfg.arch}-{cfg.data_name}-{cfg.method}-seed{cfg.seed}")
     path = out / "config.json"
     if not path.exists():
+        if resume:
+            print(f"'{out}' has no run yet, so it begins")
         return make_config(given), out, False
     if not resume:
         raise InputError(f"'{out}' has a run: choose another --out, or go on by --resume")
@@ -1788,7 +1787,8 @@ def run_training(given, out, resume):
           f"of {len(data.classes)} classes\non {device} in {precision}, into {out}, "
           f"{len(state.history)} of {cfg.epochs} epochs are done", flush=True)
     if images < cfg.batch_size:
-        print(f"warning: --batch-size {cfg.batch_size} is more than all images", file=sys.stderr)
+        print(f"warning: --batch-size {cfg.batch_size} is more than all {images} training images",
+              file=sys.stderr)
     if len(data.classes) < 2:
         print("warning: with one class there is nothing to learn", file=sys.stderr)
 

@@ -56,11 +56,10 @@ stop() {                                  # Ctrl-C does not reach what runs in t
   trap '' INT TERM
   # until none is left: a run that has just begun may miss the first signal
   while kill $(jobs -pr); do sleep 0.1; done 2>/dev/null
-  echo "stopped: call it again to go on" >&2
   exit "$1"
 }
-trap 'stop 130' INT
-trap 'stop 143' TERM
+trap 'echo "stopped: call it again to go on" >&2; stop 130' INT
+trap 'echo "stopped: call it again to go on" >&2; stop 143' TERM
 
 # CIFAR is fetched once, before the runs would all do it
 data_dir=data previous=
@@ -128,7 +127,7 @@ for seed in $SEEDS; do for dataset in $DATASETS; do for arch in $ARCHS; do for m
   command=("$PYTHON" "$program" "${options[@]}" --out "$OUT/$name" --resume)
   if [ -f "$OUT/$name/results.json" ]; then
     other=$("${command[@]}" | sed -n 's/.* keeps its own options: //p')
-    echo "$name: already finished${other:+, with other options: $other}"
+    echo "$name: already finished${other:+, it has other options: $other}"
     continue
   fi
 

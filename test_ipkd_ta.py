@@ -397,9 +397,11 @@ class TestSlimmable:
     @torch.no_grad()
     def test_a_state_dict_without_statistics_leaves_none(self):
         model = calibrated("universal")
-        model.load_state_dict(tiny_model("universal").state_dict())
-        with pytest.raises(ValueError, match="has no statistics"):
-            answers_of(model)
+        state = tiny_model("universal").state_dict()
+        for same in state, {name: state[name] for name in state if "statistics" not in name}:
+            model.load_state_dict(same)
+            with pytest.raises(ValueError, match="has no statistics"):
+                answers_of(model)
 
     def test_a_state_dict_is_of_tensors_with_one_of_statistics_for_each_calibrated_width(self):
         state = calibrated("universal").state_dict()
@@ -838,7 +840,7 @@ class TestData:
         (lambda root: [path.unlink() for path in (root / "train/dog").iterdir()], "dog"),
         (lambda root: [path.write_text("junk") for path in (root / "train/dog").iterdir()],
          "4 files .*dog/0.*dog/1.*dog/2.*dog/3"),
-        (lambda root: None, "images has 8 training images"),  # and 9 are asked for
+        (lambda root: None, "of the 8 training images of images"),  # and 9 are asked for
     ])
     def test_a_wrong_folder_is_one_clear_line(self, spoil, message, tmp_path, capfd):
         root = write_images(tmp_path / "images")
@@ -1134,7 +1136,7 @@ class TestTraining:
         def spoiled(cfg, state, *rest):
             record = real(cfg, state, *rest)
             if record["epoch"] == 2:
-                next(state.model.buffers()).fill_(math.inf)
+                next(state.model.buffers()).fill_(math.nan)
             return record
 
         monkeypatch.setattr(ipkd_ta, "train_epoch", spoiled)
@@ -1509,7 +1511,7 @@ class TestRunCifar:
     def test_called_again_it_skips_what_is_finished_and_repeats_what_failed(self, tmp_path):
         run_cifar(tmp_path, METHODS="ce").wait()
         out = run_cifar(tmp_path, METHODS="ce", EPOCHS="8").communicate()[0]
-        assert "ce-seed0: already finished, with other options: --epochs 7" in out
+        assert "ce-seed0: already finished, it has other options: --epochs 7" in out
         assert "ce-seed1: begins" in out and "ce-seed1: ends with status 0" in out
 
     def test_it_stops_when_the_first_three_runs_have_failed(self, tmp_path):
