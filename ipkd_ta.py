@@ -1241,7 +1241,7 @@ class State:
         content["history"] = self.history
         whole = io.BytesIO()  # of a full disk torch.save has no OSError
         torch.save({**about, **content}, whole)
-        write_file(path, whole.getbuffer())
+        write_file(path, whole.getvalue())
 
     def load(self, content):
         """Go on from a checkpoint, on a CPU to the same bits as a run that never stopped."""
