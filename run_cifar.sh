@@ -52,6 +52,9 @@ mkdir -p "$OUT" || exit 2
 threads=$(($(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) / JOBS))
 [ "$JOBS" -eq 1 ] || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
 
+# on a CPU, freed memory is kept for the next step instead of returned to the system (glibc)
+export MALLOC_MMAP_MAX_=${MALLOC_MMAP_MAX_-0} MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_-2147483647}
+
 stop() {                                  # Ctrl-C does not reach what runs in the background
   trap '' INT TERM
   # until none is left: a run that has just begun may miss the first signal
