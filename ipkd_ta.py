@@ -186,6 +186,7 @@ class SlimmableMobileNetV1(nn.Module):
                 self.clear(width)
 
     def clear(self, width):
+        """The buffer of this width, (2, channels of all layers), with nothing measured."""
         both = self.classifier.weight.new_full((2, sum(self.channels(width))), -1.0)
         self.statistics.register_buffer(self.key(width), both)
 
@@ -503,7 +504,7 @@ class MSDNet(nn.Module):
 
     # Channels of a scale relative to the finest one, and how much wider its bottlenecks are.
     FACTORS = (1, 2, 4)
-    widths = None  # of every family the widths of its sub-models; these are exits
+    widths = None  # every family has this; exits have no width
 
     def __init__(self, num_classes=100, exits=7, base=4, step=2, step_mode="even", channels=16,
                  growth=6, gradient_equilibrium=False):
@@ -573,7 +574,7 @@ class MSDNet(nn.Module):
     def sub_models(self, image_size=32, widths=None):
         """The exits, each with its name, params (with BatchNorm's) and macs (multiply-accumulates
         for one square image) of the blocks up to it and its own head. (`extract` leaves out what
-        the exit does not read, up to 11 % of them.)
+        the exit does not read: 11 % of them at exit 1 of the default network.)
 
         early_exit_macs: with all heads on the way, as `early_exit` computes them.
         """
@@ -865,7 +866,7 @@ def read_images(dataset, size):
 
 def load_folder(root, size):
     """Splits and classes of root/train/<class>/* and root/test/<class>/* (or val). InputError
-    where a folder or a class is missing."""
+    where a folder or a class is missing, or files cannot be read."""
     held = "test" if (root / "test").is_dir() else "val"
     datasets = {}
     for split, folder in ("train", root / "train"), ("test", root / held):
@@ -1281,7 +1282,8 @@ class RecordedStep:
 
     A step is 700 to 2,800 small kernels: launching them one by one takes longer than their work.
     Its inputs have fixed places, into which each call copies. Evaluation and checkpoints between
-    steps do not disturb it, since parameters, momentum and statistics stay in their places.
+    steps do not disturb it, since what it reads, parameters, momentum and statistics that are
+    tracked, stays in its place.
     """
 
     EAGER_STEPS = 4  # real steps before the recording, in which libraries choose their kernels
@@ -1818,7 +1820,7 @@ def run_evaluation(path, given):
     except ValueError as error:
         raise InputError(f"--widths: {error}") from error
 
-    # its images, which calibration and early exit need too
+    # its images: those to test on, and training images to calibrate by
     device, _ = pick_device(cfg)
     data = load_data(cfg)
     check_images(cfg, data, content)
