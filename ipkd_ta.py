@@ -32,7 +32,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from numbers import Integral
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import fmean, stdev
 from types import SimpleNamespace
 
 import torch
@@ -1476,7 +1476,7 @@ def run_of(run, path):
     names = [str(sub["name"]) for sub in run["sub_models"]]
     top1 = [float(sub["top1"]) for sub in run["sub_models"]]
     mmacs = [sub["macs"] / 1e6 for sub in run["sub_models"]]
-    mean(top1)  # of at least one
+    fmean(top1)  # of at least one
 
     # the data set: two of one name differ in their numbers; results before version 3 lack them
     images = run.get("train_images", cfg.train_size)
@@ -1485,10 +1485,15 @@ def run_of(run, path):
         title += f"{run['classes']} classes, {run['test_images']:,} test images, "
     title += "1 epoch" if cfg.epochs == 1 else f"{cfg.epochs} epochs"
 
-    # named by the options that have an effect and are not the default
+    # named by the options that have an effect and are not the default, and "small" for its own
     setting = [title]
     method = [cfg.method]
-    default = make_config({"arch": cfg.arch, "dataset": cfg.dataset})
+    given = {"arch": cfg.arch, "dataset": cfg.dataset}
+    small = NETWORKS[cfg.arch].small.items()
+    if cfg.dataset != "shapes" and all(getattr(cfg, name) == value for name, value in small):
+        given["small"] = True
+        setting.append("small")
+    default = make_config(given)
     for f in fields(cfg):
         kind = f.metadata["kind"]
         value = getattr(cfg, f.name)
@@ -1544,7 +1549,7 @@ def load_runs(directories):
 
 def spread(values):
     """Mean ± standard deviation, if there are several."""
-    text = f"{mean(values):.2f}"
+    text = f"{fmean(values):.2f}"
     if len(values) > 1:
         text += f" ± {stdev(values):.2f}"
     return text
@@ -1553,15 +1558,15 @@ def spread(values):
 def paired_difference(runs, others):
     """The mean difference of two methods, paired by seed, with its 95 % interval; None if no seed
     is in both."""
-    other_means = {run.seed: mean(run.top1) for run in others}
-    pairs = [mean(run.top1) - other_means[run.seed] for run in runs if run.seed in other_means]
+    other_means = {run.seed: fmean(run.top1) for run in others}
+    pairs = [fmean(run.top1) - other_means[run.seed] for run in runs if run.seed in other_means]
     if not pairs:
         return None
-    text = f"{mean(pairs):+.2f}"
+    text = f"{fmean(pairs):+.2f}"
     if len(pairs) > 1:
         t = T95[min(len(pairs), 10) - 2]
         half = t * stdev(pairs) / math.sqrt(len(pairs))
-        low, high = mean(pairs) - half, mean(pairs) + half
+        low, high = fmean(pairs) - half, fmean(pairs) + half
         text += f", 95 % interval {low:+.2f} to {high:+.2f}"
     return f"{text} (pairs of one seed: {len(pairs)})"
 
@@ -1579,7 +1584,7 @@ def report(directories, picture):
         print("| MMACs |", " | ".join(f"{mmacs:.2f}" for mmacs in first.mmacs), "|  |")
         for method, runs in by_method.items():
             columns = list(zip(*(run.top1 for run in runs)))
-            columns.append([mean(run.top1) for run in runs])
+            columns.append([fmean(run.top1) for run in runs])
             print(f"| {method} ({len(runs)}) |", " | ".join(map(spread, columns)), "|")
         print()
 
@@ -1609,7 +1614,7 @@ def plot(settings, path):
             bars = [stdev(column) for column in columns] if len(runs) > 1 else None
             color, line = styles[method.split(",")[0]]
             handles[method] = axes.errorbar(
-                runs[0].mmacs, [mean(column) for column in columns], bars, marker="o",
+                runs[0].mmacs, [fmean(column) for column in columns], bars, marker="o",
                 color=color, linestyle=line, markersize=4, capsize=2)
 
         # what the panel is about
@@ -1760,7 +1765,7 @@ def run_training(given, out, resume):
     """One run in a directory of its own, from its beginning or from its last finished epoch."""
     cfg, out, begun = find_run(given, out, resume)
     if begun and (out / "results.json").exists():
-        print(f"the run in '{out}' is finished")
+        print(f"the run in '{out}' is finished: other options need another --out")
         return
 
     # the data, all of it on the device, and the network

@@ -1251,6 +1251,13 @@ class TestReport:
             write_result(tmp_path, "ce", seed, [50.0], {**sizes, **change})
         assert report(capsys, tmp_path).out.count("| ce (1) |") == 4
 
+    def test_settings_are_named_by_what_differs_from_the_defaults(self, tmp_path, capsys):
+        small = dict(exits=4, base=1, step=1, step_mode="lin_grow", channels=8, growth=4)
+        write_result(tmp_path, "ipkd", 0, [50.0] * 4, **small, lr=0.2, kd_weight=0.3)
+        out = report(capsys, tmp_path).out
+        assert ", 300 epochs, small, lr 0.2\n" in out
+        assert "| ipkd, kd_weight 0.3" in out
+
     def test_linked_directories_are_reported_and_what_is_left_out_is_named(self, tmp_path, capsys):
         for name in ("here", "elsewhere"):
             (tmp_path / name).mkdir()
