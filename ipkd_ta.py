@@ -1248,6 +1248,11 @@ class State:
         """Go on from a checkpoint, on a CPU to the same bits as a run that never stopped."""
         for name, part in self.parts().items():
             part.load_state_dict(content[name])
+
+        # fused SGD reads a momentum as if it had its parameter's order of memory, which on the
+        # device that saved it may have been another
+        for p, saved in self.optimizer.state.items():
+            saved["momentum_buffer"] = torch.empty_like(p).copy_(saved["momentum_buffer"])
         self.order_rng.set_state(content["order_rng"])
         self.crop_rng.set_state(content["crop_rng"])
         self.history = content["history"]
@@ -1665,7 +1670,7 @@ def pick_device(cfg):
     # half the memory traffic where the GPU has bf16; float32 elsewhere
     if amp == "auto":
         on_gpu = device.type == "cuda"
-        bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+        bf16 = on_gpu and torch.cuda.get_device_capability(device) >= (8, 0)
         amp = "bf16" if bf16 else "off"
     if cfg.compile and device.type == "cpu" and not NETWORKS[cfg.arch].cpu_compiles:
         raise InputError(f"--compile of {cfg.arch} needs a GPU: on a CPU its shapes always change")

@@ -996,9 +996,31 @@ class TestStep:
             with pytest.raises(Exception, match="local_scalar"):
                 loss.item()
 
+    @each_network
+    def test_training_goes_on_where_memory_has_another_order(self, arch, tmp_path):
+        data = shapes(64)
+        images, labels = data.splits["train"]
+        losses = []
+        for order in torch.contiguous_format, torch.channels_last:  # of a CPU, of a GPU
+            generator = torch.Generator().manual_seed(0)
+            losses.append([])
+            for first, own in (0, torch.channels_last), (24, order):
+                model = tiny_model(arch).to(memory_format=own).train()
+                state = ipkd_ta.State(config(arch), model, torch.device("cpu"), None)
+                if first:
+                    state.load(read(tmp_path / "a.pt"))
+                step = ipkd_ta.make_step(config(arch), state, data, None)
+                for i in range(first, first + 24, 8):
+                    widths = model.step_widths(draw(4, generator))
+                    loss = step(images[i:i + 8], labels[i:i + 8], widths, 0.05, 0.5)
+                    losses[-1].append(loss.item())
+                state.save(tmp_path / "a.pt")
+        assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
     @needs_cuda
     @rows("arch, dtype, tolerance", [
-        ("msdnet", torch.float32, 1e-3), ("universal", torch.float64, 1e-9)])
+        ("msdnet", torch.float32, 1e-3), ("universal", torch.float64, 1e-6),
+        ("switchable", torch.float64, 1e-6)])
     def test_on_a_gpu_recorded_steps_equal_eager_ones_and_evaluation_does_not_disturb_them(
             self, arch, dtype, tolerance):
         data = shapes(64).to("cuda", torch.channels_last)
@@ -1014,9 +1036,10 @@ class TestStep:
                 step = ipkd_ta.RecordedStep(step, torch.device("cuda"))
             generator = torch.Generator().manual_seed(0)
             losses.append([])
-            for i in range(10):
+            for i in range(8):
+                batch = slice(i, i + 16)
                 widths = model.step_widths(draw(4, generator))
-                loss = step(images[:16], labels[:16], widths, 1e-3, i / 16)
+                loss = step(images[batch], labels[batch], widths, (i + 1) / 2**13, i / 16)
                 losses[-1].append(loss.item())
                 model.calibrate([data.normalise(images)])
                 model.eval()
@@ -1031,11 +1054,12 @@ class TestStep:
             self, arch, amp, tmp_path, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         for device, options in (("cpu", {}), ("cuda", {"amp": amp})):
-            options.update(device=device, epochs=6, lr=0.01)
+            options.update(device=device, epochs=6, lr=0.02, train_size=320)
             with dying(ipkd_ta, "evaluate", 3), suppress(Killed):
                 train_tiny(arch, tmp_path / device, **options)
             assert train_tiny(arch, tmp_path / device, "--resume", **options) == 0
-        assert losses(tmp_path / "cuda") == pytest.approx(losses(tmp_path / "cpu"), rel=0.02)
+        rel = 0.1 if arch == "msdnet" else 0.02
+        assert losses(tmp_path / "cuda") == pytest.approx(losses(tmp_path / "cpu"), rel=rel)
 
 
 def timeless(path):
