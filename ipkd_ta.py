@@ -12,7 +12,7 @@ one, a cascade of teacher assistants:
 
 Measured on two cores of an AMD EPYC, PyTorch 2.14: the demonstration takes 18 s, the first exit
 reaches 91.3 %, the last 98.1 %.
-To reuse the loss or a network, copy its room, banner to banner: it needs only the imports.
+To reuse the loss or a network, copy its room, from banner to banner, and the imports.
 """
 import argparse
 import copy
@@ -55,7 +55,7 @@ NO_LABEL = -2**63  # for ignore_index: its default, -100, would skip labels that
 
 
 def ipkd_ta_loss(logits, target, method="ipkd-ta", kd_weight=0.5, temperature=1.0):
-    """Loss of all sub-models of a flexible network, as the abstract of arXiv:2105.08369 has it.
+    """Loss of all sub-models of a flexible network; the cascade is that of arXiv:2105.08369.
 
         L = CE(z_K, y) + sum over k < K of [ (1 - kd_weight) CE(z_k, y)
                                + kd_weight temperature^2 KL( stop_gradient(p_t(k)) || p_k ) ]
@@ -107,7 +107,7 @@ def ipkd_ta_loss(logits, target, method="ipkd-ta", kd_weight=0.5, temperature=1.
 
 
 def sandwich_widths(n, low, high, generator=None):
-    """Widths to train in one step by the sandwich rule (Yu & Huang, ICCV 2019, section 3.3).
+    """Widths to train in one step by the sandwich rule (Yu & Huang, ICCV 2019).
 
     Returns a descending list: `high`, n - 2 widths drawn uniformly from [low, high] by a
     torch.Generator of the CPU, and `low`. ValueError unless n >= 2 and 0 < low < high.
@@ -124,7 +124,7 @@ class SlimmableMobileNetV1(nn.Module):
     """MobileNet-V1 (Howard et al., 2017), for 32x32 images, with the width as an argument.
 
     At width w every layer computes with the first c * w of its c channels, rounded to a multiple
-    of 8. It does so by functions on slices of its weights: hooks on its layers see nothing.
+    of 8. Functions on slices of the weights do so: do not rely on hooks of the layers.
 
     num_classes: C, the number of logits at every width.
     widths: the sub-models, as width multipliers ascending in (0, 1]. The weights are as wide as
@@ -162,7 +162,7 @@ class SlimmableMobileNetV1(nn.Module):
             self.convs.append(nn.Conv2d(c_in, c_out, 1, bias=False))
         self.classifier = nn.Linear(channels[-1], int(num_classes))
 
-        # initialised as in slimmable_networks: N(0, sqrt(2 / (k k C_out)))
+        # initialised as in Yu's code, slimmable_networks: N(0, sqrt(2 / (k k C_out)))
         for conv in self.convs:
             nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
         nn.init.normal_(self.classifier.weight, std=0.01)
@@ -174,25 +174,24 @@ class SlimmableMobileNetV1(nn.Module):
         else:
             norms = [nn.BatchNorm2d(c, track_running_stats=False) for c in channels]
         self.norms = nn.ModuleList(norms)
-        self.momentum = 0.1 if bn == "switchable" else 0.0  # of statistics, while training
         self.forget()
 
     def forget(self):
-        """Universal: no width has statistics. They are a buffer with a row of means and a row of
-        variances for each width, of -1 until they are measured: no variance is negative."""
+        """Universal: no width has statistics. `widths` keep a buffer, of -1 until it is measured:
+        no variance is negative."""
         self.statistics = nn.Module()
         if self.bn == "universal":
             for width in self.widths:
-                self.clear(width)
+                self.fill(width, -1.0)
 
-    def clear(self, width):
-        """The buffer of this width, (2, channels of all layers), with nothing measured."""
-        both = self.classifier.weight.new_full((2, sum(self.channels(width))), -1.0)
+    def fill(self, width, value):
+        """Give a width a new buffer (2, channels of all layers): its means and its variances."""
+        both = self.classifier.weight.new_full((2, sum(self.channels(width))), value)
         self.statistics.register_buffer(self.key(width), both)
 
     def channels(self, width):
-        """Output channels of the 27 convolutions: of c * width the nearest multiple of 8, which
-        is at least 8 and never below 90 % of it."""
+        """Output channels of the 27 convolutions: the multiple of 8 nearest to c * width, but at
+        least 8 and at least 90 % of c * width."""
         base = [self.STEM]
         for c_out, _ in self.BLOCKS:
             base += [base[-1], c_out]
@@ -209,30 +208,30 @@ class SlimmableMobileNetV1(nn.Module):
     def layers(self, width, measured=False):
         """What the 27 layers compute with at this width, as views of the network's tensors.
 
-        A list of (conv, weight, gamma, beta, mean, variance). The last two are None or -1 if
-        they were not calibrated; with `measured` that is a ValueError.
+        A list of (conv, weight, gamma, beta, mean, variance). Universal: the last two are None
+        but with `measured`, and then ValueError if the width was not calibrated.
         """
         width = round(float(width), 7)
-        if not self.widths[0] <= width <= self.widths[-1]:
-            raise ValueError(f"width {width} is outside of what was trained, {self.widths}")
+        low, high = self.widths[0], self.widths[-1]
+        if not low <= width <= high:
+            raise ValueError(f"width {width} is outside of the trained range, {low} to {high}")
         channels = self.channels(width)
         norms = self.norms
         means = variances = [None] * len(channels)
 
-        # whose statistics: the width's own BatchNorms, or those that were calibrated
+        # whose statistics: those of the width's own BatchNorms, or those that were calibrated
         if self.bn == "switchable":
             if width not in self.widths:
                 raise ValueError(f"width {width} has no BatchNorm of its own: {self.widths} have")
             norms = self.norms[self.widths.index(width)]
             means = [norm.running_mean for norm in norms]
             variances = [norm.running_var for norm in norms]
-        else:
+        elif measured:
             both = getattr(self.statistics, self.key(width), None)
-            if measured and (both is None or both[1].min() < 0):
+            if both is None or both[1].min() < 0:
                 raise ValueError(f"width {width} has no statistics: "
                                  f"call calibrate(batches, [{width}])")
-            if both is not None:
-                means, variances = (row.split(channels) for row in both)
+            means, variances = (row.split(channels) for row in both)
 
         layers = []
         c_in = 3
@@ -254,10 +253,10 @@ class SlimmableMobileNetV1(nn.Module):
             return [self(x, w) for w in sorted(width)]
         width = self.widths[-1] if width is None else width
         layers = self.layers(width, measured=not self.training)
-        return self.run(x, layers, self.training, self.momentum)
+        return self.run(x, layers, self.training)
 
-    def run(self, x, layers, training, momentum):
-        """`forward` by the layers of one width; training updates their statistics in place."""
+    def run(self, x, layers, training, momentum=0.1):
+        """`forward` by the layers of one width; training updates statistics that they have."""
         for conv, weight, gamma, beta, mean, variance in layers:
             groups = len(weight) if conv.groups > 1 else 1
             x = F.conv2d(x, weight, None, conv.stride, conv.padding, groups=groups)
@@ -314,7 +313,8 @@ class SlimmableMobileNetV1(nn.Module):
         return decay, no_decay
 
     def train(self, mode=True):
-        """As for any module; training forgets what was calibrated, as weights are to change."""
+        """As for any module. Universal: training forgets what was calibrated, because the weights
+        will change."""
         if mode:
             self.forget()
         return super().train(mode)
@@ -332,7 +332,7 @@ class SlimmableMobileNetV1(nn.Module):
         for width in widths:
             self.layers(width)  # ValueError before anything changes
 
-        # the statistics become the mean over the images seen; if this fails, there are none
+        # the mean over the images seen; a failure leaves a universal network without statistics
         seen = 0
         try:
             for batch in batches:
@@ -340,9 +340,10 @@ class SlimmableMobileNetV1(nn.Module):
                 x = x.to(self.classifier.weight)
                 for width in widths:
                     if seen == 0 and self.bn == "universal":
-                        self.clear(width)
+                        self.fill(width, 0.0)
                     share = len(x) / (seen + len(x))
-                    self.run(x, self.layers(width), training=True, momentum=share)
+                    layers = self.layers(width, measured=True)
+                    self.run(x, layers, training=True, momentum=share)
                 seen += len(x)
         except BaseException:
             self.forget()
@@ -407,7 +408,11 @@ class SlimmableMobileNetV1(nn.Module):
 # ==== MSDNet: the sub-models are exits ==========================================================
 
 class MSDStem(nn.Module):
-    """Image (N, 3, H, W) -> a map for each scale, finest first, each from the one before it."""
+    """Image (N, 3, H, W) -> a map for each scale, finest first, each from the one before it.
+
+    channels: of the finest scale of all. A scale with factor f (of 1, 2, 4) has f times as many,
+    here and below.
+    """
 
     def __init__(self, channels, factors):
         super().__init__()
@@ -486,9 +491,9 @@ class MSDNet(nn.Module):
     """Multi-scale dense network with early exits (Huang et al., ICLR 2018), for 32x32 images.
 
     Feature maps are lists of tensors, one for each scale, finest first: of 32x32, 16x16 and 8x8
-    pixels, with n, 2n and 4n channels. Every layer appends growth * (1, 2, 4) channels; the finest
-    scale is dropped after each third of the layers. Exit k classifies the coarsest scale after
-    block k.
+    pixels, with n, 2n and 4n channels. Every layer appends growth * (1, 2, 4) channels. After the
+    first and the second third of the layers the finest scale is dropped, and the channels of the
+    others are halved. Exit k classifies the coarsest scale after block k.
 
     num_classes: C, the number of logits of every exit.
     exits: K, the number of blocks and of classifiers.
@@ -578,7 +583,7 @@ class MSDNet(nn.Module):
 
         early_exit_macs: with all heads on the way, as `early_exit` computes them.
         """
-        with FlopCounterMode(display=False) as counter:  # on tensors without numbers
+        with FlopCounterMode(display=False) as counter:  # on meta tensors: shapes only
             image = torch.empty(1, 3, image_size, image_size, device="meta")
             copy.deepcopy(self).to("meta").eval()(image)
         flops = counter.get_flop_counts()
@@ -601,7 +606,7 @@ class MSDNet(nn.Module):
         if not isinstance(which, Integral) or not 1 <= which <= len(self.heads):
             raise ValueError(f"an exit is an integer from 1 to {len(self.heads)}, got {which}")
         traced = fx.symbolic_trace(MSDExit(self.blocks[:which], self.heads[which - 1]))
-        traced.graph.eliminate_dead_code()  # lazy evaluation
+        traced.graph.eliminate_dead_code()  # lazy evaluation: what the logits do not need goes
         traced.delete_all_unused_submodules()
         traced.recompile()
         return copy.deepcopy(traced).eval()
@@ -643,7 +648,7 @@ def fold_bn(model):
 @torch.no_grad()
 def early_exit(model, images, thresholds):
     """Classify each image at the first exit whose largest softmax output reaches its threshold,
-    at the latest at the last exit (Huang et al., ICLR 2018, section 4.2).
+    at the latest at the last exit (Huang et al., ICLR 2018).
 
     model: MSDNet in eval mode. images: (N, 3, H, W), normalised. thresholds: K numbers.
     Returns predictions (N,) and the exits 1 ... K that the images took (N,), both int64. Only
@@ -654,19 +659,19 @@ def early_exit(model, images, thresholds):
                          f"got training={model.training} and {thresholds}")
     predictions = torch.zeros(len(images), dtype=torch.int64, device=images.device)
     exits = torch.zeros_like(predictions)
-    left = torch.arange(len(images), device=images.device)  # the images of the rows of x
+    left = torch.arange(len(images), device=images.device)  # which images the rows of x are
     x = images
-    thresholds = [*thresholds[:-1], 0.0]
-    for k, (block, head) in enumerate(zip(model.blocks, model.heads), start=1):
+    stages = zip(model.blocks, model.heads, [*thresholds[:-1], 0.0])
+    for k, (block, head, threshold) in enumerate(stages, start=1):
         x = block(x)
         confidence, prediction = head(x[-1]).softmax(dim=1).max(dim=1)
-        done = confidence >= thresholds[k - 1]
+        done = confidence >= threshold
         predictions[left[done]] = prediction[done]
         exits[left[done]] = k
         if done.all():
             break
         left = left[~done]
-        x = [maps[~done] for maps in x]
+        x = [m[~done] for m in x]
     return predictions, exits
 
 
@@ -728,9 +733,8 @@ class Data:
     memory_format: torch.memory_format = torch.channels_last
 
     def to(self, device, memory_format):
-        splits = {}
-        for name, (images, labels) in self.splits.items():
-            splits[name] = images.to(device), labels.to(device)
+        splits = {name: (images.to(device), labels.to(device))
+                  for name, (images, labels) in self.splits.items()}
         return Data(splits, self.classes, self.mean.to(device), self.std.to(device), memory_format)
 
     def normalise(self, images):
@@ -867,9 +871,9 @@ def read_images(dataset, size):
 def load_folder(root, size):
     """Splits and classes of root/train/<class>/* and root/test/<class>/* (or val). InputError
     where a folder or a class is missing, or files cannot be read."""
-    held = "test" if (root / "test").is_dir() else "val"
+    test = "test" if (root / "test").is_dir() else "val"
     datasets = {}
-    for split, folder in ("train", root / "train"), ("test", root / held):
+    for split, folder in ("train", root / "train"), ("test", root / test):
         try:
             dataset = torchvision.datasets.DatasetFolder(
                 folder, open_image, IMAGE_SUFFIXES, transform=square(size))
@@ -885,7 +889,7 @@ def load_folder(root, size):
     classes = datasets["train"].classes
     if datasets["test"].classes != classes:
         differ = sorted(set(datasets["test"].classes) ^ set(classes))
-        raise InputError(f"'{root}' must have the same classes in train and {held}: "
+        raise InputError(f"'{root}' must have the same classes in train and {test}: "
                          f"{', '.join(differ)} in only one of them")
 
     # all files that cannot be read are named at once
@@ -896,8 +900,8 @@ def load_folder(root, size):
         splits[split] = images, torch.tensor(dataset.targets)
         faults += unreadable
     if faults:
-        raise InputError(f"{len(faults)} files are no images that can be read, mend or remove them:"
-                         f" {'; '.join(faults[:10])}")
+        raise InputError(f"{len(faults)} of the images cannot be read, mend or remove them: "
+                         f"{'; '.join(faults[:10])}")
     return splits, classes
 
 
@@ -909,9 +913,8 @@ def hold_out(splits, train_size, val_size, name):
     n = len(images)
     kept = train_size or n - val_size
     if not 2 <= kept <= n - val_size:
-        raise InputError(f"of the {n:,} training images of {name}, --val-size {val_size} are held "
-                         f"out: --train-size must be 0 (all others) or from 2 to {n - val_size}, "
-                         f"got {train_size}")
+        raise InputError(f"--val-size {val_size} and --train-size {train_size} (0: all others, "
+                         f"else at least 2) do not fit the {n:,} training images of {name}")
     if kept < n:
         order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
         splits["train"] = images[order[:kept]], labels[order[:kept]]
@@ -922,13 +925,13 @@ def hold_out(splits, train_size, val_size, name):
 
 # ==== Options: the fields of Config, and the data and network that they name ====================
 
-# The families of networks. Training knows of a network only forward(x, widths) -> list of logits,
-# step_widths, parameter_groups, calibrate, sub_models, extract and widths.
+# The families of networks. The program uses of a network only widths, step_widths, forward(x,
+# step_widths(draw)) -> list of logits, parameter_groups, calibrate, sub_models and extract.
 #   exits: its sub-models are exits, for early_exit.
 #   cpu_compiles: --compile works on a CPU.
 #   cpu_format: the order of memory that is fastest on a CPU.
-#   defaults, small, shapes: options that differ from Config's: always; with --small, and on
-#       shapes; on shapes.
+#   defaults: over those of Config. small: over these, with --small and on shapes. shapes: over
+#       all, on shapes.
 NETWORKS = {
     "msdnet": SimpleNamespace(
         cls=MSDNet, exits=True, cpu_compiles=True, cpu_format=torch.contiguous_format,
@@ -971,17 +974,17 @@ class Config:
     train_size: int = option(0, "training images, at random; 0: all, or 1500 shapes", "run", 0)
     val_size: int = option(0, "training images held out, for early exits and choices", low=0)
     no_flip: bool = option(False, "do not mirror training images (digits, text)")
-    kd_weight: float = option(0.5, "of the teacher against the labels", "distillation", 0, 1)
-    kd_warmup: float = option(1.0, "share of training while it rises from 0", "distillation", 0, 1)
-    temperature: float = option(1.0, "of softmax in distillation", "distillation", 1e-3, 1e3)
+    kd_weight: float = option(0.5, "of the teacher; the labels have the rest", "distillation", 0, 1)
+    kd_warmup: float = option(1.0, "share of training in which it rises", "distillation", 0, 1)
+    temperature: float = option(1.0, "of the softmax in distillation", "distillation", 1e-3, 1e3)
     epochs: int = option(300, "passes over the images", "run", 1)
     batch_size: int = option(64, "images of a step", low=2)
-    lr: float = option(0.1, "learning rate, before schedule and warm-up", low=0, high=1e6)
-    lr_warmup: float = option(0.3, "share of training while it rises from 0", low=0, high=1)
+    lr: float = option(0.1, "learning rate, before schedule and warm-up", low=0, high=10**6)
+    lr_warmup: float = option(0.3, "share of training in which lr rises from 0", low=0, high=1)
     schedule: str = option("multistep", "of the learning rate; multistep: x 0.1 at 1/2 and 3/4",
                            choices=("multistep", "cosine", "linear"))
     weight_decay: float = option(1e-4, "slimmable: not of BatchNorm and depthwise weights",
-                                 low=0, high=1e6)
+                                 low=0, high=10**6)
     eval_every: int = option(1, "epochs from one evaluation to the next", "run", 1)
     seed: int = option(0, "of weights, order, augmentation and widths", "run", 0, 2**63 - 1)
     device: str = option("auto", "auto (a GPU if there is one), cpu, cuda, cuda:1, ...", "run")
@@ -1010,8 +1013,7 @@ class Config:
             if choices and value not in choices:
                 raise InputError(f"{flag(f.name)} must be one of {choices}, got {value!r}")
             if low is not None and not low <= value <= high:
-                limits = f"from {low} to {high:,}"
-                raise InputError(f"{flag(f.name)} must be {limits}, got {value}")
+                raise InputError(f"{flag(f.name)} must be from {low} to {high:,}, got {value}")
 
     @property
     def data_name(self):
@@ -1027,6 +1029,8 @@ def refuse_other_family(arch, dataset, given):
         kind = f.metadata["kind"]
         if f.name in given and kind in (*NETWORKS, "folder") and kind not in (arch, dataset):
             raise InputError(f"{flag(f.name)} is for {kind}, this is {arch} on {dataset}")
+    if "data_dir" in given and dataset == "shapes":
+        raise InputError("--data-dir has no shapes, these are drawn: add --dataset folder")
 
 
 def make_config(given):
@@ -1115,7 +1119,7 @@ def calibration_batches(cfg, data, images=2048):
 
 
 def eval_batch_size(cfg):
-    """Four times the batch of training needs no more memory, because there are no gradients."""
+    """Up to 256: without gradients, four batches of training need no more memory than one."""
     return min(256, 4 * cfg.batch_size)
 
 
@@ -1123,7 +1127,7 @@ def eval_batch_size(cfg):
 @torch.compiler.set_stance("force_eager")
 def predict(model, data, split, widths=None, batch_size=256):
     """Logits (K, N, C) of every sub-model, smallest first, in float32, and labels (N,) of a split.
-    The model is then in eval mode."""
+    Leaves the model in eval mode."""
     model.eval()
     images, labels = data.splits[split]
 
@@ -1151,17 +1155,17 @@ def evaluate(model, data, split="test", widths=None, batch_size=256):
 
 
 def budgeted(model, data, image_size=32, batch_size=256):
-    """Budgeted classification (Huang et al., ICLR 2018, section 4.2) of the test images.
+    """Budgeted batch classification (Huang et al., ICLR 2018) of the test images.
 
     Thresholds are those by which exit k answers a share of the validation images in proportion
     to q^k. Returns a list of {"q", "macs" (average, with all heads passed), "top1" in percent,
     "thresholds", "exits" (the shares that left there)}.
     """
-    # the last answers are those of the test images
-    confidence = {}  # of a split: (K, N)
-    for split in ("val", "test"):
-        logits, labels = predict(model, data, split, batch_size=batch_size)
-        confidence[split], answers = logits.cpu().softmax(2).max(2)
+    # thresholds come from the images held out, accuracies from those of the test
+    held_out, _ = predict(model, data, "val", batch_size=batch_size)
+    held_out = held_out.cpu().softmax(2).amax(2)  # (K, N) confidences
+    logits, labels = predict(model, data, "test", batch_size=batch_size)
+    confidence, answers = logits.cpu().softmax(2).max(2)
     correct = (answers == labels.cpu()).double()  # (K, N)
     costs = torch.tensor([sub.early_exit_macs for sub in model.sub_models(image_size)])
 
@@ -1170,8 +1174,8 @@ def budgeted(model, data, image_size=32, batch_size=256):
     for tenths in range(1, 21):
         q = tenths / 10
         shares = q ** torch.arange(1, len(costs) + 1, dtype=torch.float64)
-        thresholds = exit_thresholds(confidence["val"], shares / shares.sum())
-        sure = confidence["test"] >= torch.tensor(thresholds)[:, None]
+        thresholds = exit_thresholds(held_out, shares / shares.sum())
+        sure = confidence >= torch.tensor(thresholds)[:, None]
         exits = sure.int().argmax(dim=0)  # (N,), the first one that is sure
         budgets.append({
             "q": q,
@@ -1216,11 +1220,11 @@ class State:
     def __init__(self, cfg, model, device, amp):
         self.model = model
 
-        # the family says which of its parameters weight decay is good for
         decay, no_decay = model.parameter_groups()
         groups = [{"params": no_decay, "weight_decay": 0.0}, {"params": decay}]
         self.optimizer = torch.optim.SGD(groups, cfg.lr, momentum=0.9, nesterov=True, fused=True,
                                          weight_decay=cfg.weight_decay)
+
         # zeros: the same first step as without buffers, and a CUDA graph needs them beforehand
         for p in model.parameters():
             self.optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
@@ -1240,7 +1244,7 @@ class State:
         content["order_rng"] = self.order_rng.get_state()
         content["crop_rng"] = self.crop_rng.get_state()
         content["history"] = self.history
-        whole = io.BytesIO()  # of a full disk torch.save has no OSError
+        whole = io.BytesIO()  # to a full disk torch.save would raise no OSError
         torch.save({**about, **content}, whole)
         write_file(path, whole.getvalue())
 
@@ -1262,7 +1266,7 @@ def make_step(cfg, state, data, amp):
     """Returns the function that trains one step. amp: the dtype of autocast, or None."""
 
     def step(images, labels, widths, lr, kd_weight):
-        """One step of all its sub-models together; returns the loss.
+        """One step of all sub-models together; returns the loss.
 
         images: uint8 (N, 3, H, W). widths: of model.step_widths. lr, kd_weight: numbers or tensors.
         """
@@ -1287,8 +1291,7 @@ class RecordedStep:
 
     A step is 700 to 2,800 small kernels: launching them one by one takes longer than their work.
     Its inputs have fixed places, into which each call copies. Evaluation and checkpoints between
-    steps do not disturb it, since what it reads, parameters, momentum and statistics that are
-    tracked, stays in its place.
+    steps do not disturb it: parameters, momentum and tracked statistics stay where they are.
     """
 
     EAGER_STEPS = 4  # real steps before the recording, in which libraries choose their kernels
@@ -1341,7 +1344,7 @@ class RecordedStep:
         caller.wait_stream(self.stream)
 
     def record(self):
-        # what the step allocates here stays its own; its loss is read after each replay
+        # the graph owns what the step allocates here, the loss included
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, stream=self.stream):
             self.loss = self.step(*self.places)
@@ -1371,7 +1374,7 @@ def train_epoch(cfg, state, data, step):
     state.model.train()
     start = time.perf_counter()
     total = torch.zeros((), device=images.device)
-    draw_widths = partial(sandwich_widths, cfg.sandwich, generator=state.order_rng)  # if it draws
+    draw_widths = partial(sandwich_widths, cfg.sandwich, generator=state.order_rng)
 
     # whole batches only: a step on a few images would count like a full one
     epoch = len(state.history)
@@ -1389,7 +1392,7 @@ def train_epoch(cfg, state, data, step):
         widths = state.model.step_widths(draw_widths)
         total += step(x, labels[batch], widths, lr, kd_weight)
 
-    # the first wait for the device since the epoch began
+    # only here the device is waited for
     loss = total.item() / steps
     seconds = time.perf_counter() - start
     return {
@@ -1481,16 +1484,15 @@ def run_of(run, path):
     names = [str(sub["name"]) for sub in run["sub_models"]]
     top1 = [float(sub["top1"]) for sub in run["sub_models"]]
     mmacs = [sub["macs"] / 1e6 for sub in run["sub_models"]]
-    fmean(top1)  # of at least one
 
-    # the data set: two of one name differ in their numbers; results before version 3 lack them
+    # data sets of one name are told apart by their sizes, which results before version 3 lack
     images = run.get("train_images", cfg.train_size)
     title = f"{cfg.arch} on {run.get('dataset', cfg.dataset)}: {images:,} images, "
     if "classes" in run:
         title += f"{run['classes']} classes, {run['test_images']:,} test images, "
     title += "1 epoch" if cfg.epochs == 1 else f"{cfg.epochs} epochs"
 
-    # named by the options that have an effect and are not the default, and "small" for its own
+    # named by the options that differ from the defaults; those of --small together are "small"
     setting = [title]
     method = [cfg.method]
     given = {"arch": cfg.arch, "dataset": cfg.dataset}
@@ -1509,7 +1511,7 @@ def run_of(run, path):
         if kind == "distillation" and cfg.method != "ce":
             method.append(f"{f.name} {value}")
     return SimpleNamespace(path=path, setting=", ".join(setting), method=", ".join(method),
-                           seed=cfg.seed, names=names, top1=top1, mmacs=mmacs)
+                           seed=cfg.seed, names=names, top1=top1, mean=fmean(top1), mmacs=mmacs)
 
 
 def find_results(directories):
@@ -1563,8 +1565,8 @@ def spread(values):
 def paired_difference(runs, others):
     """The mean difference of two methods, paired by seed, with its 95 % interval; None if no seed
     is in both."""
-    other_means = {run.seed: fmean(run.top1) for run in others}
-    pairs = [fmean(run.top1) - other_means[run.seed] for run in runs if run.seed in other_means]
+    other_means = {run.seed: run.mean for run in others}
+    pairs = [run.mean - other_means[run.seed] for run in runs if run.seed in other_means]
     if not pairs:
         return None
     text = f"{fmean(pairs):+.2f}"
@@ -1589,7 +1591,7 @@ def report(directories, picture):
         print("| MMACs |", " | ".join(f"{mmacs:.2f}" for mmacs in first.mmacs), "|  |")
         for method, runs in by_method.items():
             columns = list(zip(*(run.top1 for run in runs)))
-            columns.append([fmean(run.top1) for run in runs])
+            columns.append([run.mean for run in runs])
             print(f"| {method} ({len(runs)}) |", " | ".join(map(spread, columns)), "|")
         print()
 
@@ -1606,8 +1608,7 @@ def plot(settings, path):
     """Top-1 accuracy against MACs: a panel for each setting, a line for each method. ImportError
     without matplotlib."""
     from matplotlib.figure import Figure
-    looks = itertools.cycle([("#000000", ":"), ("#E69F00", "--"), ("#0072B2", "-")])
-    styles = dict(zip(METHODS, looks))
+    styles = dict(zip(METHODS, [("#000000", ":"), ("#E69F00", "--"), ("#0072B2", "-")]))
     figure = Figure((4.5 * len(settings), 4), layout="constrained", dpi=150)
     panels = figure.subplots(1, len(settings), squeeze=False)[0]
 
@@ -1780,8 +1781,8 @@ def run_training(given, out, resume):
     data, model = place(cfg, device, data, build_model(cfg, len(data.classes)))
     state = State(cfg, model, device, amp)
 
-    # what was reached before (without a checkpoint: nothing), or a directory for a new run, now
-    # that nothing keeps it from beginning
+    # go on from the checkpoint, if there is one; a new run takes its directory only now, when all
+    # that it needs is there
     if begun and (out / "checkpoint.pt").exists():
         saved, _, content = load_checkpoint(out / "checkpoint.pt")
         if replace(saved, data_dir=cfg.data_dir, device=cfg.device) != cfg:
@@ -1855,8 +1856,7 @@ def parse(argv):
     parser = Parser("ipkd_ta.py", allow_abbrev=False, description="Train flexible networks by "
                     "IPKD-TA. Shapes have defaults of their own, see config.json of a run.")
     for f in fields(Config):
-        choices = f.metadata["choices"]
-        how = {"type": f.type, "choices": choices}
+        how = {"type": f.type, "choices": f.metadata["choices"]}
         if f.type is bool:
             how = {"action": "store_true"}
         if f.type is tuple:
@@ -1898,7 +1898,7 @@ def main(argv=None):
         print("ipkd_ta.py: error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped: a training goes on by the same command with --resume", file=sys.stderr)
+        print("stopped: the same command with --resume goes on with a training", file=sys.stderr)
         return 130
     return 0
 
