@@ -43,6 +43,7 @@ JOBS=${JOBS-$default_jobs}
 
 program=$(dirname "$0")/ipkd_ta.py
 fail() { echo "run_cifar.sh: $1" >&2; exit 2; }
+command -v "$PYTHON" >/dev/null || fail "PYTHON must be one command, there is no '$PYTHON'"
 [[ $JOBS =~ ^[1-9][0-9]*$ ]] || fail "JOBS must be a whole number from 1, got '$JOBS'"
 twins=$(for dataset in $DATASETS; do basename "$dataset"; done | sort | uniq -d)
 [ -z "$twins" ] || fail "two data sets have the name $twins: give each an OUT of its own"
