@@ -1470,12 +1470,27 @@ def train(cfg, state, data, amp, out):
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
-def read_run(path):
-    """What a report needs of a results.json. InputError if it is none of this program."""
-    try:
-        return run_of(read_json(path), path)
-    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
-        raise InputError(f"'{path}' is not the results.json of a run: {error!r}") from error
+def other_options(cfg):
+    """The options that are not the defaults, as texts: of the setting, and of the method. Those of
+    --small together are called small."""
+    setting = []
+    method = []
+    given = {"arch": cfg.arch, "dataset": cfg.dataset}
+    small = NETWORKS[cfg.arch].small.items()
+    if cfg.dataset != "shapes" and all(getattr(cfg, name) == value for name, value in small):
+        given["small"] = True
+        setting.append("small")
+    default = make_config(given)
+    for f in fields(cfg):
+        kind = f.metadata["kind"]
+        value = getattr(cfg, f.name)
+        if value == getattr(default, f.name):
+            continue
+        if kind in ("setting", "folder", cfg.arch):
+            setting.append(f"{f.name} {value}")
+        if kind == "distillation" and cfg.method != "ce":
+            method.append(f"{f.name} {value}")
+    return setting, method
 
 
 def run_of(run, path):
@@ -1492,26 +1507,18 @@ def run_of(run, path):
         title += f"{run['classes']} classes, {run['test_images']:,} test images, "
     title += "1 epoch" if cfg.epochs == 1 else f"{cfg.epochs} epochs"
 
-    # named by the options that differ from the defaults; those of --small together are "small"
-    setting = [title]
-    method = [cfg.method]
-    given = {"arch": cfg.arch, "dataset": cfg.dataset}
-    small = NETWORKS[cfg.arch].small.items()
-    if cfg.dataset != "shapes" and all(getattr(cfg, name) == value for name, value in small):
-        given["small"] = True
-        setting.append("small")
-    default = make_config(given)
-    for f in fields(cfg):
-        kind = f.metadata["kind"]
-        value = getattr(cfg, f.name)
-        if value == getattr(default, f.name):
-            continue
-        if kind in ("setting", "folder", cfg.arch):
-            setting.append(f"{f.name} {value}")
-        if kind == "distillation" and cfg.method != "ce":
-            method.append(f"{f.name} {value}")
-    return SimpleNamespace(path=path, setting=", ".join(setting), method=", ".join(method),
-                           seed=cfg.seed, names=names, top1=top1, mean=fmean(top1), mmacs=mmacs)
+    setting, method = other_options(cfg)
+    return SimpleNamespace(path=path, setting=", ".join([title, *setting]),
+                           method=", ".join([cfg.method, *method]), seed=cfg.seed,
+                           names=names, top1=top1, mean=fmean(top1), mmacs=mmacs)
+
+
+def read_run(path):
+    """What a report needs of a results.json. InputError if it is none of this program."""
+    try:
+        return run_of(read_json(path), path)
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        raise InputError(f"'{path}' is not the results.json of a run: {error!r}") from error
 
 
 def find_results(directories):
