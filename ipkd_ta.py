@@ -1585,32 +1585,6 @@ def paired_difference(runs, others):
     return f"{text} (pairs of one seed: {len(pairs)})"
 
 
-def report(directories, picture):
-    """Print Markdown: top-1 accuracies, and the differences of the methods, paired by seed."""
-    settings = load_runs(directories)
-    for setting, by_method in settings.items():
-        first = next(iter(by_method.values()))[0]
-
-        # the accuracy of every sub-model, and their mean
-        print(f"### {setting}\n")
-        print("| top-1 % |", " | ".join(first.names), "| mean |")
-        print("| --- |" + " ---: |" * (len(first.names) + 1))
-        print("| MMACs |", " | ".join(f"{mmacs:.2f}" for mmacs in first.mmacs), "|  |")
-        for method, runs in by_method.items():
-            columns = list(zip(*(run.top1 for run in runs)))
-            columns.append([run.mean for run in runs])
-            print(f"| {method} ({len(runs)}) |", " | ".join(map(spread, columns)), "|")
-        print()
-
-        # ipkd - ce, ipkd-ta - ce, ipkd-ta - ipkd
-        for one, other in itertools.combinations(by_method, 2):
-            difference = paired_difference(by_method[other], by_method[one])
-            if difference:
-                print(f"{other} - {one}, mean of the sub-models: {difference}\n")
-    if picture:
-        plot(settings, picture)
-
-
 def plot(settings, path):
     """Top-1 accuracy against MACs: a panel for each setting, a line for each method. ImportError
     without matplotlib."""
@@ -1640,6 +1614,32 @@ def plot(settings, path):
         figure.savefig(path)
     except ValueError as error:  # of the suffix
         raise InputError(f"--plot: {error}") from error
+
+
+def report(directories, picture):
+    """Print Markdown: top-1 accuracies, and the differences of the methods, paired by seed."""
+    settings = load_runs(directories)
+    for setting, by_method in settings.items():
+        first = next(iter(by_method.values()))[0]
+
+        # the accuracy of every sub-model, and their mean
+        print(f"### {setting}\n")
+        print("| top-1 % |", " | ".join(first.names), "| mean |")
+        print("| --- |" + " ---: |" * (len(first.names) + 1))
+        print("| MMACs |", " | ".join(f"{mmacs:.2f}" for mmacs in first.mmacs), "|  |")
+        for method, runs in by_method.items():
+            columns = list(zip(*(run.top1 for run in runs)))
+            columns.append([run.mean for run in runs])
+            print(f"| {method} ({len(runs)}) |", " | ".join(map(spread, columns)), "|")
+        print()
+
+        # ipkd - ce, ipkd-ta - ce, ipkd-ta - ipkd
+        for one, other in itertools.combinations(by_method, 2):
+            difference = paired_difference(by_method[other], by_method[one])
+            if difference:
+                print(f"{other} - {one}, mean of the sub-models: {difference}\n")
+    if picture:
+        plot(settings, picture)
 
 
 # ==== Runs and command line =====================================================================
