@@ -1607,7 +1607,7 @@ def plot(settings, path):
         # what the panel is about
         axes.set_title(textwrap.fill(setting, 60), fontsize=9)
         axes.set_xlabel("million MACs for one image")
-        axes.set_ylabel("top-1 %, bars: standard deviation")
+        axes.set_ylabel("test top-1 %, bars: standard deviation")
         axes.grid(alpha=0.3)
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=3)
     try:
