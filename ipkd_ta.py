@@ -209,7 +209,7 @@ class SlimmableMobileNetV1(nn.Module):
         """What the 27 layers compute with at this width, as views of the network's tensors.
 
         A list of (conv, weight, gamma, beta, mean, variance). Universal: the last two are None
-        but with `measured`, and then ValueError if the width was not calibrated.
+        unless `measured`, which is a ValueError if the width was not calibrated.
         """
         width = round(float(width), 7)
         low, high = self.widths[0], self.widths[-1]
@@ -335,21 +335,22 @@ class SlimmableMobileNetV1(nn.Module):
         # the mean over the images seen; a failure leaves a universal network without statistics
         seen = 0
         try:
+            if self.bn == "universal":
+                for width in widths:
+                    self.fill(width, 0.0)
+            layers_of_widths = [self.layers(width, measured=True) for width in widths]
             for batch in batches:
                 x = batch if torch.is_tensor(batch) else batch[0]
                 x = x.to(self.classifier.weight)
-                for width in widths:
-                    if seen == 0 and self.bn == "universal":
-                        self.fill(width, 0.0)
-                    share = len(x) / (seen + len(x))
-                    layers = self.layers(width, measured=True)
+                share = len(x) / (seen + len(x))
+                for layers in layers_of_widths:
                     self.run(x, layers, training=True, momentum=share)
                 seen += len(x)
+            if seen == 0:
+                raise ValueError("calibrate needs images, there was no batch")
         except BaseException:
             self.forget()
             raise
-        if seen == 0:
-            raise ValueError("calibrate needs images, there was no batch")
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         """As for any module; first a buffer is made for each width that the state dict has."""
@@ -925,8 +926,9 @@ def hold_out(splits, train_size, val_size, name):
 
 # ==== Options: the fields of Config, and the data and network that they name ====================
 
-# The families of networks. The program uses of a network only widths, step_widths, forward(x,
-# step_widths(draw)) -> list of logits, parameter_groups, calibrate, sub_models and extract.
+# The families of networks. The program uses of a network only widths, step_widths, forward(x, w)
+# -> list of logits, where w is widths or what step_widths gives, parameter_groups, calibrate,
+# sub_models and extract.
 #   exits: its sub-models are exits, for early_exit.
 #   cpu_compiles: --compile works on a CPU.
 #   cpu_format: the order of memory that is fastest on a CPU.
@@ -1368,8 +1370,7 @@ def tuned_for_training(device):
 
 
 def train_epoch(cfg, state, data, step):
-    """One pass over the images. Returns the record of the epoch; the device is waited for only at
-    its end."""
+    """One pass over the images. Returns the record of the epoch. No step waits for the device."""
     images, labels = data.splits["train"]
     state.model.train()
     start = time.perf_counter()
@@ -1392,7 +1393,7 @@ def train_epoch(cfg, state, data, step):
         widths = state.model.step_widths(draw_widths)
         total += step(x, labels[batch], widths, lr, kd_weight)
 
-    # only here the device is waited for
+    # this waits for the device
     loss = total.item() / steps
     seconds = time.perf_counter() - start
     return {
