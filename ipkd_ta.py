@@ -91,14 +91,16 @@ def ipkd_ta_loss(logits, target, method="ipkd-ta", kd_weight=0.5, temperature=1.
     logits = torch.stack(logits)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     labels_only = [F.cross_entropy(z, target, ignore_index=NO_LABEL) for z in logits]
+
+    # the largest sub-model learns from the labels only
+    loss = labels_only[-1]
     if method == "ce":
-        return sum(labels_only)
+        return sum(labels_only[:-1], start=loss)
 
     # the logarithm of a masked class is kept finite, because 0 times infinity is nan
     log_p = F.log_softmax(logits / temperature, dim=2).clamp_min(-1e30).unbind()
 
-    # the largest sub-model learns from the labels only, the others also from their teacher
-    loss = labels_only[-1]
+    # the others also learn from their teacher
     for k in range(len(log_p) - 1):
         teacher = log_p[-1] if method == "ipkd" else log_p[k + 1]
         kl = F.kl_div(log_p[k], teacher.detach(), reduction="batchmean", log_target=True)
@@ -1509,7 +1511,7 @@ def run_of(run, path):
     title += "1 epoch" if cfg.epochs == 1 else f"{cfg.epochs} epochs"
 
     setting, method = other_options(cfg)
-    return SimpleNamespace(path=path, setting=", ".join([title, *setting]),
+    return SimpleNamespace(path=path, cfg=cfg, setting=", ".join([title, *setting]),
                            method=", ".join([cfg.method, *method]), seed=cfg.seed,
                            names=names, top1=top1, mean=fmean(top1), mmacs=mmacs)
 
@@ -1587,9 +1589,12 @@ def paired_difference(runs, others):
 
 
 def plot(settings, path):
-    """Top-1 accuracy against MACs: a panel for each setting, a line for each method. ImportError
+    """Top-1 accuracy against MACs: a panel for each setting, a line for each method. InputError
     without matplotlib."""
-    from matplotlib.figure import Figure
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise InputError(f"--plot needs matplotlib ({error}): pip install it") from error
     styles = dict(zip(METHODS, [("#000000", ":"), ("#E69F00", "--"), ("#0072B2", "-")]))
     figure = Figure((4.5 * len(settings), 4), layout="constrained", dpi=150)
     panels = figure.subplots(1, len(settings), squeeze=False)[0]
@@ -1706,10 +1711,15 @@ def keep_options(cfg, given, where, free=("data_dir", "device")):
     InputError for an option of another network."""
     refuse_other_family(cfg.arch, cfg.dataset, given)
     changed = replace(cfg, **given)
+
+    # who names network, data and method asks for a whole run, with its defaults
+    asked = changed
+    if {"arch", "dataset", "method"} <= given.keys():
+        asked = make_config(given)
     other = []
     for f in fields(cfg):
         own = getattr(cfg, f.name)
-        if f.name not in free and own != getattr(changed, f.name):
+        if f.name not in free and own != getattr(asked, f.name):
             other.append(f"{flag(f.name)} {own}")
     if other:
         print(f"'{where}' keeps its own options: {', '.join(other)}")
@@ -1717,9 +1727,13 @@ def keep_options(cfg, given, where, free=("data_dir", "device")):
 
 
 def claim(cfg, out):
-    """Take the directory for a new run, by the file that only one process can create."""
+    """Take the directory for a new run, by the file that only one process can create. InputError
+    when another run was faster."""
     out.mkdir(parents=True, exist_ok=True)
-    file = open(out / "config.json", "x", encoding="utf-8")  # FileExistsError: it is taken
+    try:
+        file = open(out / "config.json", "x", encoding="utf-8")
+    except FileExistsError as error:
+        raise InputError(f"'{out}' was just taken by another run: choose another --out") from error
 
     # a full disk: a run that could not begin does not block its place
     try:
@@ -1759,20 +1773,38 @@ def finish(cfg, model, data, accuracies, out, about):
     write_file(out / "results.json", json.dumps(results, indent=2).encode())
 
 
+def options_of_run(out):
+    """The options of the run in this directory, by whichever of its files was kept; None if there
+    is no run."""
+    config = out / "config.json"
+    results = out / "results.json"
+    checkpoint = out / "checkpoint.pt"
+    if config.exists():
+        return config_of(read_json(config), config)
+    if results.exists():
+        return read_run(results).cfg
+    if checkpoint.exists():
+        cfg, _, _ = load_checkpoint(checkpoint)
+        return cfg
+    return None
+
+
 def find_run(given, out, resume):
     """Options and directory of the run, and whether it has begun: then the options are its own.
     InputError when another run has the directory."""
     if out is None:
         cfg = make_config(given)
         out = Path(f"runs/{cfg.arch}-{cfg.data_name}-{cfg.method}-seed{cfg.seed}")
-    path = out / "config.json"
-    if not path.exists():
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out '{out}' is a file, not a directory")
+    own = options_of_run(out)
+    if own is None:
         if resume:
             print(f"'{out}' has no run yet, so it begins")
         return make_config(given), out, False
     if not resume:
         raise InputError(f"'{out}' has a run: choose another --out, or go on by --resume")
-    return keep_options(config_of(read_json(path), path), given, out), out, True
+    return keep_options(own, given, out), out, True
 
 
 def run_training(given, out, resume):
@@ -1902,7 +1934,7 @@ def main(argv=None):
             run_evaluation(args.eval, given)
         else:
             run_training(given, args.out, args.resume)
-    except (InputError, OSError, ImportError) as error:  # what the user can mend
+    except (InputError, OSError) as error:  # what the user can mend
         print("ipkd_ta.py: error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:

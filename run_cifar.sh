@@ -74,15 +74,17 @@ for word in "$@"; do
 done
 fetch='
 import os, sys, torchvision
+cls = getattr(torchvision.datasets, sys.argv[1])
 try:
-    getattr(torchvision.datasets, sys.argv[1])(os.path.expanduser(sys.argv[2]), download=True)
+    cls(os.path.expanduser(sys.argv[2]), download=True)
 except Exception as error:
-    sys.exit(" ".join(str(error).split()))
+    page = "https://www.cs.toronto.edu/~kriz/cifar.html"
+    sys.exit(" ".join(f"put {cls.filename} of {page} there ({error})".split()))
 '
 for dataset in $DATASETS; do
   case $dataset in cifar10 | cifar100)
     why=$("$PYTHON" -c "$fetch" "CIFAR${dataset#cifar}" "$data_dir" 2>&1 >/dev/null) ||
-      fail "$dataset could not be fetched into '$data_dir', see https://www.cs.toronto.edu/~kriz/cifar.html ($(tail -n 1 <<<"$why"))"
+      fail "$dataset could not be fetched into '$data_dir': $(tail -n 1 <<<"$why")"
   esac
 done
 

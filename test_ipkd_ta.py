@@ -222,6 +222,15 @@ class TestLoss:
             results.append([loss, *torch.autograd.grad(loss, logits)])
         exact(*results)
 
+    @rows("k, kd_weight, methods", [(7, 0.0, METHODS), (2, 0.7, METHODS[1:]), (1, 0.7, METHODS)])
+    def test_methods_with_the_same_teachers_or_without_their_weight_are_identical(
+            self, k, kd_weight, methods):
+        logits, target = random_logits(k, torch.float32)
+        first, *others = [ipkd_ta_loss(logits, target, name, kd_weight) for name in methods]
+        for loss in others:
+            exact(loss, first)
+            exact(*(torch.autograd.grad(z, logits, retain_graph=True) for z in (loss, first)))
+
     @each_method
     def test_loss_and_gradients_are_finite_for_logits_of_any_magnitude(self, method):
         extremes = torch.tensor([[1e4, -1e4, 0], [-1e4, 1e4, 1e4]])
@@ -1372,6 +1381,12 @@ class TestReport:
         assert "'xyz'" in refused(capfd, "--report", tmp_path, "--plot", tmp_path / "a.xyz")
         assert sorted(len(axes.containers) for axes in drawn[0].axes) == [1, 2]
 
+    def test_a_plot_without_matplotlib_says_what_is_missing(self, tmp_path, monkeypatch, capfd):
+        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+        write_result(tmp_path, "ce", 0, [90.0])
+        err = refused(capfd, "--report", tmp_path, "--plot", tmp_path / "a.png")
+        assert "--plot needs matplotlib" in err
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
@@ -1476,7 +1491,29 @@ class TestResume:
         assert run("--resume", "--out", out) == 0
         assert "finished" in capfd.readouterr().out
         assert "has a run" in refused(capfd, "--out", out)
+        assert run("--resume", "--out", out, arch="msdnet", dataset="shapes", method="ce") == 0
+        assert ": --method ipkd-ta, --train-size 40, --epochs 3, " in capfd.readouterr().out
         assert before == {path: path.stat().st_mtime_ns for path in out.iterdir()}
+
+    @rows("kept", ["results.json", "checkpoint.pt"])
+    def test_one_file_of_a_run_keeps_its_place_and_is_enough_to_go_on(
+            self, kept, trained, tmp_path, capfd):
+        shutil.copy(trained / "msdnet" / kept, tmp_path)
+        before = (tmp_path / kept).read_bytes()
+        assert "has a run" in refused(capfd, "--out", tmp_path)
+        assert (tmp_path / kept).read_bytes() == before
+        assert run("--resume", "--out", tmp_path) == 0
+        found, whole = (read(out / "results.json") for out in (tmp_path, trained / "msdnet"))
+        assert found["sub_models"] == whole["sub_models"]
+
+    def test_a_directory_that_another_run_took_meanwhile_and_a_file_are_refused(
+            self, tmp_path, monkeypatch, capfd):
+        load = ipkd_ta.load_data
+        rival = tmp_path / "config.json"
+        monkeypatch.setattr(ipkd_ta, "load_data", lambda cfg: [rival.touch(), load(cfg)][1])
+        assert "taken by another run" in refused(capfd, "--out", tmp_path)
+        assert rival.read_bytes() == b""
+        assert "is a file" in refused(capfd, "--out", rival)
 
     @rows("content", [
         '{"name": "my other project"}', "[]", "{", '{"arch": "vgg"}', "[" * 100_000])
