@@ -1733,7 +1733,8 @@ def claim(cfg, out):
     try:
         file = open(out / "config.json", "x", encoding="utf-8")
     except FileExistsError as error:
-        raise InputError(f"'{out}' was just taken by another run: choose another --out") from error
+        raise InputError(f"'{out}' was just taken by another run: choose another --out, or go on "
+                         f"by --resume") from error
 
     # a full disk: a run that could not begin does not block its place
     try:
