@@ -80,7 +80,6 @@ def ipkd_ta_loss(logits, target, method="ipkd-ta", kd_weight=0.5, temperature=1.
         raise ValueError(f"kd_weight must be from 0 to 1, got {kd_weight}")
     if not 1e-3 <= temperature <= 1e3:
         raise ValueError(f"temperature must be from 0.001 to 1000, got {temperature}")
-    logits = list(logits)
     shapes = [tuple(z.shape) for z in logits]
     if len(set(shapes)) != 1 or len(shapes[0]) != 2 or 0 in shapes[0]:
         raise ValueError(f"logits must be a list of tensors of one shape (N, C), got {shapes}")
@@ -179,12 +178,12 @@ class SlimmableMobileNetV1(nn.Module):
         self.forget()
 
     def forget(self):
-        """Universal: no width has statistics. `widths` keep a buffer, of -1 until it is measured:
-        no variance is negative."""
+        """Universal: no width has statistics. Those of `widths` keep a place in the state dict,
+        with variances far below 0, so that averages with measured ones are below it, too."""
         self.statistics = nn.Module()
         if self.bn == "universal":
             for width in self.widths:
-                self.fill(width, -1.0)
+                self.fill(width, -1e4)
 
     def fill(self, width, value):
         """Give a width a new buffer (2, channels of all layers): its means and its variances."""
@@ -210,25 +209,24 @@ class SlimmableMobileNetV1(nn.Module):
     def layers(self, width, measured=False):
         """What the 27 layers compute with at this width, as views of the network's tensors.
 
-        A list of (conv, weight, gamma, beta, mean, variance). Universal: the last two are None
-        unless `measured`, which is a ValueError if the width was not calibrated.
+        A list of (conv, weight, gamma, beta, mean, variance). Universal: the last two are None, or
+        if `measured` those that were calibrated; ValueError where there are none.
         """
         width = round(float(width), 7)
         low, high = self.widths[0], self.widths[-1]
         if not low <= width <= high:
             raise ValueError(f"width {width} is outside of the trained range, {low} to {high}")
         channels = self.channels(width)
-        norms = self.norms
-        means = variances = [None] * len(channels)
 
-        # whose statistics: those of the width's own BatchNorms, or those that were calibrated
+        # statistics: those of the width's own BatchNorms, or of universal ones those calibrated
+        norms = self.norms
         if self.bn == "switchable":
             if width not in self.widths:
                 raise ValueError(f"width {width} has no BatchNorm of its own: {self.widths} have")
             norms = self.norms[self.widths.index(width)]
-            means = [norm.running_mean for norm in norms]
-            variances = [norm.running_var for norm in norms]
-        elif measured:
+        means = [norm.running_mean for norm in norms]
+        variances = [norm.running_var for norm in norms]
+        if measured and self.bn == "universal":
             both = getattr(self.statistics, self.key(width), None)
             if both is None or both[1].min() < 0:
                 raise ValueError(f"width {width} has no statistics: "
@@ -238,7 +236,7 @@ class SlimmableMobileNetV1(nn.Module):
         layers = []
         c_in = 3
         for conv, norm, c, mean, variance in zip(self.convs, norms, channels, means, variances):
-            weight = conv.weight[:c, :c_in] if conv.groups == 1 else conv.weight[:c]
+            weight = conv.weight[:c, :c_in]  # (depthwise weights have one input channel)
             layers.append((conv, weight, norm.weight[:c], norm.bias[:c], mean, variance))
             c_in = c
         return layers
@@ -308,11 +306,11 @@ class SlimmableMobileNetV1(nn.Module):
         return widths
 
     def parameter_groups(self):
-        """Two lists: parameters with weight decay, and those without: BatchNorm's, biases and
-        depthwise weights, as in slimmable_networks."""
+        """For the optimizer: no weight decay on BatchNorm, biases and depthwise weights, as in
+        slimmable_networks."""
         decay = [p for p in self.parameters() if p.ndim > 1 and p.shape[1] > 1]
         no_decay = [p for p in self.parameters() if p.ndim == 1 or p.shape[1] == 1]
-        return decay, no_decay
+        return [{"params": no_decay, "weight_decay": 0.0}, {"params": decay}]
 
     def train(self, mode=True):
         """As for any module. Universal: training forgets what was calibrated, because the weights
@@ -334,7 +332,8 @@ class SlimmableMobileNetV1(nn.Module):
         for width in widths:
             self.layers(width)  # ValueError before anything changes
 
-        # the mean over the images seen; a failure leaves a universal network without statistics
+        # the mean over the images seen; a failure leaves a universal network without statistics,
+        # and a switchable one with those of the batches so far
         seen = 0
         try:
             if self.bn == "universal":
@@ -344,10 +343,9 @@ class SlimmableMobileNetV1(nn.Module):
             for batch in batches:
                 x = batch if torch.is_tensor(batch) else batch[0]
                 x = x.to(self.classifier.weight)
-                share = len(x) / (seen + len(x))
-                for layers in layers_of_widths:
-                    self.run(x, layers, training=True, momentum=share)
                 seen += len(x)
+                for layers in layers_of_widths:
+                    self.run(x, layers, training=True, momentum=len(x) / seen)
             if seen == 0:
                 raise ValueError("calibrate needs images, there was no batch")
         except BaseException:
@@ -573,16 +571,16 @@ class MSDNet(nn.Module):
         return None
 
     def parameter_groups(self):
-        """Two lists: parameters with weight decay, which are all, and those without."""
-        return list(self.parameters()), []
+        """For the optimizer: weight decay on all."""
+        return [{"params": list(self.parameters())}]
 
     def calibrate(self, batches, widths=None):
         """Nothing to do: BatchNorm statistics are tracked in training. (For slimmable networks.)"""
 
     def sub_models(self, image_size=32, widths=None):
         """The exits, each with its name, params (with BatchNorm's) and macs (multiply-accumulates
-        for one square image) of the blocks up to it and its own head. (`extract` leaves out what
-        the exit does not read: 11 % of them at exit 1 of the default network.)
+        for one square image) of the blocks up to it and its own head. `extract` also leaves out
+        what the exit does not read: at exit 1 of the default network 11 % of its macs.
 
         early_exit_macs: with all heads on the way, as `early_exit` computes them.
         """
@@ -635,16 +633,16 @@ def fold_bn(model):
         raise ValueError("fold_bn needs eval mode: training changes the statistics")
 
     # a Conv2dNormActivation, or what fx makes of it, has its parts under the names 0, 1 and 2
-    pairs = []
+    folded = 0
     for module in model.modules():
         parts = dict(module.named_children())
-        if isinstance(parts.get("0"), nn.Conv2d) and isinstance(parts.get("1"), nn.BatchNorm2d):
-            pairs.append(module)
-    if not pairs:
+        conv, norm = parts.get("0"), parts.get("1")
+        if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+            setattr(module, "0", fuse_conv_bn_eval(conv, norm))
+            setattr(module, "1", nn.Identity())
+            folded += 1
+    if not folded:
         raise ValueError("there is no BatchNorm to fold: extract a sub-model, and fold it once")
-    for module in pairs:
-        setattr(module, "0", fuse_conv_bn_eval(getattr(module, "0"), getattr(module, "1")))
-        setattr(module, "1", nn.Identity())
     return model
 
 
@@ -711,10 +709,9 @@ SHAPES = {  # number of lobes, and the direction of the first one in degrees
     "hanging star": (5, 90), "flower": (8, 0),
 }
 IMAGE_SUFFIXES = (*torchvision.datasets.folder.IMG_EXTENSIONS, ".gif")
-UPRIGHT = {  # what undoes an orientation of the EXIF standard
-    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
+UPRIGHT = {  # what undoes an orientation of the EXIF standard, by Pillow's names
+    2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE",
+    6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90",
 }
 
 
@@ -728,17 +725,15 @@ class Data:
 
     splits: {"train", "test", and "val" if held out: (images (N, 3, H, W) uint8, labels (N,) int64)}
     mean, std: (3,), of pixels scaled to [0, 1].
+    memory_format: of normalised images.
+    eval_batch: images that evaluation takes at a time.
     """
     splits: dict
     classes: list
     mean: torch.Tensor
     std: torch.Tensor
     memory_format: torch.memory_format = torch.channels_last
-
-    def to(self, device, memory_format):
-        splits = {name: (images.to(device), labels.to(device))
-                  for name, (images, labels) in self.splits.items()}
-        return Data(splits, self.classes, self.mean.to(device), self.std.to(device), memory_format)
+    eval_batch: int = 256
 
     def normalise(self, images):
         """uint8 (N, 3, H, W) -> float32 of about zero mean and unit variance."""
@@ -749,8 +744,8 @@ class Data:
 def augment(images, generator, flip=True):
     """CIFAR augmentation of (N, 3, H, W) uint8: zero-pad by an eighth, crop and flip at random.
 
-    generator: of the CPU, so that every device trains on the same images. It is used in the same
-    way without flips.
+    generator: of the CPU, so that every device trains on the same images. Without flips it draws
+    the same numbers.
     """
     n, _, height, width = images.shape
     pad = height // 8
@@ -797,7 +792,7 @@ def draw_shapes(n, seed):
 def load_cifar(name, root):
     """Splits and classes of CIFAR-10 or CIFAR-100 by torchvision, checked by md5; downloaded on
     first use. InputError where that fails."""
-    cls = torchvision.datasets.CIFAR10 if name == "cifar10" else torchvision.datasets.CIFAR100
+    cls = getattr(torchvision.datasets, name.upper())
     splits = {}
     for split in ("train", "test"):
         try:
@@ -841,7 +836,7 @@ def open_image(path):
         image.load()
         orientation = exif_orientation(image.info.get("exif", b""))
         if orientation in UPRIGHT:
-            image = image.transpose(UPRIGHT[orientation])
+            image = image.transpose(Image.Transpose[UPRIGHT[orientation]])
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -874,9 +869,9 @@ def read_images(dataset, size):
 def load_folder(root, size):
     """Splits and classes of root/train/<class>/* and root/test/<class>/* (or val). InputError
     where a folder or a class is missing, or files cannot be read."""
-    test = "test" if (root / "test").is_dir() else "val"
-    datasets = {}
-    for split, folder in ("train", root / "train"), ("test", root / test):
+    held_out = "test" if (root / "test").is_dir() else "val"
+    datasets = []
+    for folder in root / "train", root / held_out:
         try:
             dataset = torchvision.datasets.DatasetFolder(
                 folder, open_image, IMAGE_SUFFIXES, transform=square(size))
@@ -886,26 +881,26 @@ def load_folder(root, size):
         files = sum(len(names) for _, _, names in os.walk(folder, followlinks=True))
         print(f"'{folder}': reading {len(dataset):,} images, {files - len(dataset):,} other files "
               f"are left out by their suffix", flush=True)
-        datasets[split] = dataset
+        datasets.append(dataset)
 
     # the same labels in both
-    classes = datasets["train"].classes
-    if datasets["test"].classes != classes:
-        differ = sorted(set(datasets["test"].classes) ^ set(classes))
-        raise InputError(f"'{root}' must have the same classes in train and {test}: "
+    train, test = datasets
+    differ = sorted(set(train.classes) ^ set(test.classes))
+    if differ:
+        raise InputError(f"'{root}' must have the same classes in train and {held_out}: "
                          f"{', '.join(differ)} in only one of them")
 
     # all files that cannot be read are named at once
     splits = {}
     faults = []
-    for split, dataset in datasets.items():
+    for split, dataset in ("train", train), ("test", test):
         images, unreadable = read_images(dataset, size)
         splits[split] = images, torch.tensor(dataset.targets)
         faults += unreadable
     if faults:
         raise InputError(f"{len(faults)} of the images cannot be read, mend or remove them: "
                          f"{'; '.join(faults[:10])}")
-    return splits, classes
+    return splits, train.classes
 
 
 def hold_out(splits, train_size, val_size, name):
@@ -928,10 +923,10 @@ def hold_out(splits, train_size, val_size, name):
 
 # ==== Options: the fields of Config, and the data and network that they name ====================
 
-# The families of networks. The program uses of a network only widths, step_widths, forward(x, w)
-# -> list of logits, where w is widths or what step_widths gives, parameter_groups, calibrate,
-# sub_models and extract.
-#   exits: its sub-models are exits, for early_exit.
+# The families of networks. What the program and `extract` use of a network: widths, step_widths,
+# forward(x, w) -> list of logits, where w is widths or what step_widths gives, parameter_groups,
+# calibrate, sub_models and extract.
+#   exits: its sub-models are exits, for early_exit, and have early_exit_macs.
 #   cpu_compiles: --compile works on a CPU.
 #   cpu_format: the order of memory that is fastest on a CPU.
 #   defaults: over those of Config. small: over these, with --small and on shapes. shapes: over
@@ -1052,9 +1047,9 @@ def make_config(given):
     return Config(**options)
 
 
-def load_data(cfg):
-    """The Data that the options name, on the CPU. InputError when files are missing, unreadable or
-    too few."""
+def load_data(cfg, device=torch.device("cpu")):
+    """The Data that the options name, on the device. InputError when files are missing, unreadable
+    or too few."""
     root = Path(cfg.data_dir).expanduser()
     if cfg.dataset == "shapes":
         n = (cfg.train_size or 1500) + cfg.val_size
@@ -1066,14 +1061,24 @@ def load_data(cfg):
         splits, classes = load_cifar(cfg.dataset, root)
     hold_out(splits, cfg.train_size, cfg.val_size, cfg.data_name)
 
-    # one channel at a time and in place: as floats, images take four times as much memory
+    # published statistics, or measured ones: one channel at a time and in place, because floats
+    # take four times as much memory
     if cfg.dataset in CIFAR_STATISTICS:
         mean, std = torch.tensor(CIFAR_STATISTICS[cfg.dataset])
     else:
         channels = splits["train"][0].unbind(1)
         pairs = [torch.std_mean(channel.float().div_(255), correction=0) for channel in channels]
         std, mean = torch.tensor(pairs).T
-    return Data(splits, classes, mean, std.clamp_min(1e-3))
+    std = std.clamp_min(1e-3)
+
+    # without gradients, four batches of training need no more memory than one
+    eval_batch = min(256, 4 * cfg.batch_size)
+    memory_format = torch.channels_last
+    if device.type == "cpu":
+        memory_format = NETWORKS[cfg.arch].cpu_format
+    splits = {name: (images.to(device), labels.to(device))
+              for name, (images, labels) in splits.items()}
+    return Data(splits, classes, mean.to(device), std.to(device), memory_format, eval_batch)
 
 
 def build_model(cfg, num_classes):
@@ -1089,32 +1094,33 @@ def build_model(cfg, num_classes):
         raise InputError(f"--arch {cfg.arch}: {error}") from error
 
 
+@contextmanager
+def reading(path):
+    """InputError, which names the file, for whatever is wrong with its content."""
+    try:
+        yield
+    except Exception as error:  # torch raises many types
+        raise InputError(f"cannot read '{path}': {error!r}") from error
+
+
 def read_json(path):
-    """What a JSON file holds. InputError if it is damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"'{path}' is damaged: {error}") from error
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
-def config_of(saved, where):
-    """Config of a saved dict; an option that it does not have has its default. InputError, which
-    names the file `where`, if it is none of this program."""
-    try:
-        default = make_config({name: saved[name] for name in ("arch", "dataset", "method")})
-        known = {f.name: f.type(saved[f.name]) for f in fields(Config) if f.name in saved}
-        return replace(default, **known)
-    except (LookupError, TypeError, ValueError, InputError) as error:
-        raise InputError(f"'{where}' has no options of a run of this program: {error!r}") from error
+def config_of(saved):
+    """Config of a saved dict; an option that it does not have has its default."""
+    default = make_config({name: saved[name] for name in ("arch", "dataset", "method")})
+    known = {f.name: f.type(saved[f.name]) for f in fields(Config) if f.name in saved}
+    return replace(default, **known)
 
 
 # ==== Evaluation: every sub-model on a split, budgets ===========================================
 
-def calibration_batches(cfg, data, images=2048):
-    """Training images for `calibrate`, the same at every call, augmented as in training."""
+def calibration_batches(cfg, data):
+    """2,048 training images for `calibrate`, the same at every call, augmented as in training."""
     train = data.splits["train"][0]
     generator = torch.Generator().manual_seed(0)
-    chosen = torch.randperm(len(train), generator=generator)[:images].to(train.device)
+    chosen = torch.randperm(len(train), generator=generator)[:2048].to(train.device)
 
     # of equal size, and not less than 64 if there are so many: few images have poor statistics
     count = len(chosen) // max(64, cfg.batch_size)
@@ -1122,32 +1128,25 @@ def calibration_batches(cfg, data, images=2048):
         yield data.normalise(augment(train[batch], generator, not cfg.no_flip))
 
 
-def eval_batch_size(cfg):
-    """Up to 256: without gradients, four batches of training need no more memory than one."""
-    return min(256, 4 * cfg.batch_size)
-
-
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")
-def predict(model, data, split, widths=None, batch_size=256):
+def predict(model, data, split, widths=None):
     """Logits (K, N, C) of every sub-model, smallest first, in float32, and labels (N,) of a split.
     Leaves the model in eval mode."""
     model.eval()
     images, labels = data.splits[split]
 
-    # in the order of the images, part by part
+    # in the order of the images
     logits = []
-    for x in images.split(batch_size):
+    for x in images.split(data.eval_batch):
         logits.append(torch.stack(model(data.normalise(x), widths or model.widths)))
     return torch.cat(logits, dim=1).float(), labels
 
 
-def evaluate(model, data, split="test", widths=None, batch_size=256):
+def evaluate(model, data, split="test", widths=None):
     """Of every sub-model on a split, smallest first: a dict of top1 and top5 in percent, and loss,
     the mean cross-entropy. widths: of a slimmable network, instead of its own ones."""
-    logits, labels = predict(model, data, split, widths, batch_size)
-
-    # a sub-model at a time
+    logits, labels = predict(model, data, split, widths)
     results = []
     for z in logits:
         hits = z.topk(min(5, z.shape[1])).indices == labels[:, None]  # (N, 5)
@@ -1158,7 +1157,7 @@ def evaluate(model, data, split="test", widths=None, batch_size=256):
     return results
 
 
-def budgeted(model, data, image_size=32, batch_size=256):
+def budgeted(model, data, image_size=32):
     """Budgeted batch classification (Huang et al., ICLR 2018) of the test images.
 
     Thresholds are those by which exit k answers a share of the validation images in proportion
@@ -1166,9 +1165,9 @@ def budgeted(model, data, image_size=32, batch_size=256):
     "thresholds", "exits" (the shares that left there)}.
     """
     # thresholds come from the images held out, accuracies from those of the test
-    held_out, _ = predict(model, data, "val", batch_size=batch_size)
+    held_out, _ = predict(model, data, "val")
     held_out = held_out.cpu().softmax(2).amax(2)  # (K, N) confidences
-    logits, labels = predict(model, data, "test", batch_size=batch_size)
+    logits, labels = predict(model, data, "test")
     confidence, answers = logits.cpu().softmax(2).max(2)
     correct = (answers == labels.cpu()).double()  # (K, N)
     costs = torch.tensor([sub.early_exit_macs for sub in model.sub_models(image_size)])
@@ -1223,11 +1222,8 @@ class State:
 
     def __init__(self, cfg, model, device, amp):
         self.model = model
-
-        decay, no_decay = model.parameter_groups()
-        groups = [{"params": no_decay, "weight_decay": 0.0}, {"params": decay}]
-        self.optimizer = torch.optim.SGD(groups, cfg.lr, momentum=0.9, nesterov=True, fused=True,
-                                         weight_decay=cfg.weight_decay)
+        self.optimizer = torch.optim.SGD(model.parameter_groups(), cfg.lr, momentum=0.9,
+                                         nesterov=True, fused=True, weight_decay=cfg.weight_decay)
 
         # zeros: the same first step as without buffers, and a CUDA graph needs them beforehand
         for p in model.parameters():
@@ -1239,31 +1235,34 @@ class State:
         self.crop_rng = torch.Generator().manual_seed(cfg.seed)  # augmentation
         self.history = []  # a dict for every finished epoch
 
-    def parts(self):  # those that have a state dict
-        return {"model": self.model, "optimizer": self.optimizer, "scaler": self.scaler}
-
     def save(self, path, **about):
         """Write a checkpoint that holds this and `about`."""
-        content = {name: part.state_dict() for name, part in self.parts().items()}
-        content["order_rng"] = self.order_rng.get_state()
-        content["crop_rng"] = self.crop_rng.get_state()
-        content["history"] = self.history
+        content = {
+            **about,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "order_rng": self.order_rng.get_state(),
+            "crop_rng": self.crop_rng.get_state(),
+            "history": self.history,
+        }
         whole = io.BytesIO()  # to a full disk torch.save would raise no OSError
-        torch.save({**about, **content}, whole)
+        torch.save(content, whole)
         write_file(path, whole.getvalue())
 
     def load(self, content):
         """Go on from a checkpoint, on a CPU to the same bits as a run that never stopped."""
-        for name, part in self.parts().items():
-            part.load_state_dict(content[name])
+        self.model.load_state_dict(content["model"])
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.scaler.load_state_dict(content["scaler"])
+        self.order_rng.set_state(content["order_rng"])
+        self.crop_rng.set_state(content["crop_rng"])
+        self.history = content["history"]
 
         # fused SGD reads a momentum as if it had its parameter's order of memory, which on the
         # device that saved it may have been another
         for p, saved in self.optimizer.state.items():
             saved["momentum_buffer"] = torch.empty_like(p).copy_(saved["momentum_buffer"])
-        self.order_rng.set_state(content["order_rng"])
-        self.crop_rng.set_state(content["crop_rng"])
-        self.history = content["history"]
 
 
 def make_step(cfg, state, data, amp):
@@ -1304,7 +1303,6 @@ class RecordedStep:
         self.step = step
         self.device = device
         self.stream = torch.cuda.Stream(device)  # only one, because each has memory of its own
-        self.places = None
         self.graph = None
         self.calls = 0
 
@@ -1313,7 +1311,7 @@ class RecordedStep:
         Returns the loss, whose place the next call uses again."""
         self.calls += 1
         with self.aside():
-            if self.places is None:
+            if self.calls == 1:
                 self.places = [self.place_for(value) for value in inputs]
             for place, value in zip(self.places, inputs):
                 if torch.is_tensor(value):
@@ -1428,11 +1426,11 @@ def train(cfg, state, data, amp, out):
     device = data.mean.device
 
     # how a step runs on this device (fp16 skips steps; nobody has tried to record that)
+    if cfg.compile:
+        model.compile()
     step = make_step(cfg, state, data, amp)
     if device.type == "cuda" and not cfg.no_cuda_graph and amp != torch.float16:
         step = RecordedStep(step, device)
-    if cfg.compile:
-        model.compile()
 
     # epoch by epoch, from the first that is not yet done
     accuracies = None
@@ -1451,7 +1449,7 @@ def train(cfg, state, data, amp, out):
         # the accuracy of every sub-model; slimmable networks need BatchNorm statistics first
         if epoch % cfg.eval_every == 0 or epoch == cfg.epochs:
             model.calibrate(calibration_batches(cfg, data))
-            accuracies = evaluate(model, data, batch_size=eval_batch_size(cfg))
+            accuracies = evaluate(model, data)
             record["top1"] = [accuracy["top1"] for accuracy in accuracies]
 
         # what it takes to go on from here
@@ -1464,7 +1462,7 @@ def train(cfg, state, data, amp, out):
         # the time left, by the pace so far
         pace = (time.perf_counter() - start) / (epoch - first)
         print_epoch(cfg, record, minutes_left=pace * (cfg.epochs - epoch) / 60)
-    return accuracies or evaluate(model, data, batch_size=eval_batch_size(cfg))
+    return accuracies or evaluate(model, data)
 
 
 # ==== Report: tables and picture ================================================================
@@ -1496,9 +1494,10 @@ def other_options(cfg):
     return setting, method
 
 
-def run_of(run, path):
-    """What a report needs of the content of a results.json."""
-    cfg = config_of(run["config"], path)
+def read_run(path):
+    """What a report needs of a results.json."""
+    run = read_json(path)
+    cfg = config_of(run["config"])
     names = [str(sub["name"]) for sub in run["sub_models"]]
     top1 = [float(sub["top1"]) for sub in run["sub_models"]]
     mmacs = [sub["macs"] / 1e6 for sub in run["sub_models"]]
@@ -1511,30 +1510,23 @@ def run_of(run, path):
     title += "1 epoch" if cfg.epochs == 1 else f"{cfg.epochs} epochs"
 
     setting, method = other_options(cfg)
-    return SimpleNamespace(path=path, cfg=cfg, setting=", ".join([title, *setting]),
+    return SimpleNamespace(path=path, setting=", ".join([title, *setting]),
                            method=", ".join([cfg.method, *method]), seed=cfg.seed,
                            names=names, top1=top1, mean=fmean(top1), mmacs=mmacs)
 
 
-def read_run(path):
-    """What a report needs of a results.json. InputError if it is none of this program."""
-    try:
-        return run_of(read_json(path), path)
-    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
-        raise InputError(f"'{path}' is not the results.json of a run: {error!r}") from error
+def leave_out(what):
+    print(f"left out: {what}", file=sys.stderr)
 
 
 def find_results(directories):
     """Paths of all results.json below the directories, linked ones included, each once."""
-    def say(error):
-        print(f"left out: {error}", file=sys.stderr)
-
     paths = []
     seen = set()  # a link may lead back
     for directory in directories:
         if not directory.is_dir():
             raise InputError(f"--report: '{directory}' is no directory")
-        for folder, below, files in os.walk(directory, onerror=say, followlinks=True):
+        for folder, below, files in os.walk(directory, onerror=leave_out, followlinks=True):
             real = Path(folder).resolve()
             if real in seen:
                 below.clear()
@@ -1543,20 +1535,23 @@ def find_results(directories):
             if "results.json" in files:
                 paths.append(real / "results.json")
             elif "config.json" in files:
-                say(f"the run in '{folder}' is not finished")
+                leave_out(f"the run in '{folder}' is not finished")
     return sorted(paths)
 
 
 def load_runs(directories):
     """{setting: {method: [runs of different seeds]}} of all results below the directories."""
+    runs = []
+    for path in find_results(directories):
+        with reading(path):
+            runs.append(read_run(path))
+
     settings = {}
-    runs = [read_run(path) for path in find_results(directories)]
     for run in sorted(runs, key=lambda run: (run.setting, run.method)):
         same = settings.setdefault(run.setting, {}).setdefault(run.method, [])
         twins = [other for other in same if other.seed == run.seed]
         if twins:
-            print(f"left out: '{run.path}' has the setting, method and seed of '{twins[0].path}'",
-                  file=sys.stderr)
+            leave_out(f"'{run.path}' has the setting, method and seed of '{twins[0].path}'")
         else:
             same.append(run)
     if not settings:
@@ -1579,12 +1574,12 @@ def paired_difference(runs, others):
     pairs = [run.mean - other_means[run.seed] for run in runs if run.seed in other_means]
     if not pairs:
         return None
-    text = f"{fmean(pairs):+.2f}"
+    mean = fmean(pairs)
+    text = f"{mean:+.2f}"
     if len(pairs) > 1:
         t = T95[min(len(pairs), 10) - 2]
         half = t * stdev(pairs) / math.sqrt(len(pairs))
-        low, high = fmean(pairs) - half, fmean(pairs) + half
-        text += f", 95 % interval {low:+.2f} to {high:+.2f}"
+        text += f", 95 % interval {mean - half:+.2f} to {mean + half:+.2f}"
     return f"{text} (pairs of one seed: {len(pairs)})"
 
 
@@ -1595,27 +1590,23 @@ def plot(settings, path):
         from matplotlib.figure import Figure
     except ImportError as error:
         raise InputError(f"--plot needs matplotlib ({error}): pip install it") from error
-    styles = dict(zip(METHODS, [("#000000", ":"), ("#E69F00", "--"), ("#0072B2", "-")]))
     figure = Figure((4.5 * len(settings), 4), layout="constrained", dpi=150)
     panels = figure.subplots(1, len(settings), squeeze=False)[0]
-
-    # a line for each method, with bars where it has several seeds
-    handles = {}  # of the legend
     for (setting, by_method), axes in zip(settings.items(), panels):
-        for method, runs in by_method.items():
+
+        # a line for each method, with bars where it has several seeds
+        for (method, runs), line in zip(by_method.items(), itertools.cycle([":", "--", "-"])):
             columns = list(zip(*(run.top1 for run in runs)))
             bars = [stdev(column) for column in columns] if len(runs) > 1 else None
-            color, line = styles[method.split(",")[0]]
-            handles[method] = axes.errorbar(
-                runs[0].mmacs, [fmean(column) for column in columns], bars, marker="o",
-                color=color, linestyle=line, markersize=4, capsize=2)
+            axes.errorbar(runs[0].mmacs, [fmean(column) for column in columns], bars,
+                          linestyle=line, marker="o", markersize=4, capsize=2, label=method)
 
         # what the panel is about
         axes.set_title(textwrap.fill(setting, 60), fontsize=9)
         axes.set_xlabel("million MACs for one image")
         axes.set_ylabel("test top-1 %, bars: standard deviation")
         axes.grid(alpha=0.3)
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=3)
+        axes.legend()
     try:
         figure.savefig(path)
     except ValueError as error:  # of the suffix
@@ -1653,19 +1644,16 @@ def report(directories, picture):
 def load_checkpoint(path):
     """A checkpoint.pt as (Config, network in eval mode, content), on the CPU. InputError if it is
     damaged, or would run code."""
-    try:
-        # torch.load does not compare checksums
+    with reading(path):
         with zipfile.ZipFile(path) as archive:
-            if archive.testzip():
+            if archive.testzip():  # torch.load does not compare checksums
                 raise ValueError("it is damaged")
         content = torch.load(path, map_location="cpu", weights_only=True)
-        cfg = config_of(content["config"], path)
+        cfg = config_of(content["config"])
         model = build_model(cfg, len(content["classes"]))
         model.eval().load_state_dict(content["model"])
         content["mean"].view(3), content["std"].view(3)  # fails unless they are three numbers
         return cfg, model, content
-    except Exception as error:  # torch raises many types
-        raise InputError(f"cannot read checkpoint '{path}': {error!r}") from error
 
 
 def pick_device(cfg):
@@ -1680,23 +1668,15 @@ def pick_device(cfg):
         torch.ones(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name} cannot be used here: {error}") from error
+    if cfg.compile and device.type == "cpu" and not NETWORKS[cfg.arch].cpu_compiles:
+        raise InputError(f"--compile of {cfg.arch} needs a GPU: on a CPU its shapes always change")
 
     # half the memory traffic where the GPU has bf16; float32 elsewhere
     if amp == "auto":
         on_gpu = device.type == "cuda"
         bf16 = on_gpu and torch.cuda.get_device_capability(device) >= (8, 0)
         amp = "bf16" if bf16 else "off"
-    if cfg.compile and device.type == "cpu" and not NETWORKS[cfg.arch].cpu_compiles:
-        raise InputError(f"--compile of {cfg.arch} needs a GPU: on a CPU its shapes always change")
     return device, {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
-
-
-def place(cfg, device, data, model):
-    """Data and network on the device, in the order of memory that is fastest there."""
-    memory_format = torch.channels_last
-    if device.type == "cpu":
-        memory_format = NETWORKS[cfg.arch].cpu_format
-    return data.to(device, memory_format), model.to(device, memory_format=memory_format)
 
 
 def check_images(cfg, data, content):
@@ -1712,7 +1692,8 @@ def keep_options(cfg, given, where, free=("data_dir", "device")):
     refuse_other_family(cfg.arch, cfg.dataset, given)
     changed = replace(cfg, **given)
 
-    # who names network, data and method asks for a whole run, with its defaults
+    # run_cifar.sh names network, data and method: then all that is not given is asked to have its
+    # default
     asked = changed
     if {"arch", "dataset", "method"} <= given.keys():
         asked = make_config(given)
@@ -1759,15 +1740,14 @@ def print_results(subs, accuracies):
 
 def finish(cfg, model, data, accuracies, out, about):
     """Print and write what came out: results.json, and budget.json of exits with validation."""
-    results = dict(about)
-    results["sub_models"] = print_results(model.sub_models(cfg.image_size), accuracies)
+    rows = print_results(model.sub_models(cfg.image_size), accuracies)
+    results = {**about, "sub_models": rows}
 
     # on the images held out: accuracies, and early exit by thresholds from them
     if "val" in data.splits:
-        batch_size = eval_batch_size(cfg)
-        results["validation"] = evaluate(model, data, "val", batch_size=batch_size)
+        results["validation"] = evaluate(model, data, "val")
         if NETWORKS[cfg.arch].exits:
-            budgets = budgeted(model, data, cfg.image_size, batch_size)
+            budgets = budgeted(model, data, cfg.image_size)
             write_file(out / "budget.json", json.dumps({"budgets": budgets}, indent=2).encode())
 
     # last of all: a run that has this file is finished
@@ -1777,16 +1757,13 @@ def finish(cfg, model, data, accuracies, out, about):
 def options_of_run(out):
     """The options of the run in this directory, by whichever of its files was kept; None if there
     is no run."""
-    config = out / "config.json"
-    results = out / "results.json"
-    checkpoint = out / "checkpoint.pt"
-    if config.exists():
-        return config_of(read_json(config), config)
-    if results.exists():
-        return read_run(results).cfg
-    if checkpoint.exists():
-        cfg, _, _ = load_checkpoint(checkpoint)
-        return cfg
+    for path in out / "config.json", out / "results.json":
+        if path.exists():
+            with reading(path):
+                saved = read_json(path)
+                return config_of(saved.get("config", saved))  # results.json has more than options
+    if (out / "checkpoint.pt").exists():
+        return load_checkpoint(out / "checkpoint.pt")[0]
     return None
 
 
@@ -1796,7 +1773,7 @@ def find_run(given, out, resume):
     if out is None:
         cfg = make_config(given)
         out = Path(f"runs/{cfg.arch}-{cfg.data_name}-{cfg.method}-seed{cfg.seed}")
-    if out.exists() and not out.is_dir():
+    if out.is_file():
         raise InputError(f"--out '{out}' is a file, not a directory")
     own = options_of_run(out)
     if own is None:
@@ -1816,22 +1793,21 @@ def run_training(given, out, resume):
         return
 
     # the data, all of it on the device, and the network
-    start = time.perf_counter()
     device, amp = pick_device(cfg)
-    data = load_data(cfg)
-    data, model = place(cfg, device, data, build_model(cfg, len(data.classes)))
+    data = load_data(cfg, device)
+    model = build_model(cfg, len(data.classes)).to(device, memory_format=data.memory_format)
     state = State(cfg, model, device, amp)
 
-    # go on from the checkpoint, if there is one; a new run takes its directory only now, when all
-    # that it needs is there
-    if begun and (out / "checkpoint.pt").exists():
+    # a new run takes its directory only now, when all that it needs is there; another one goes on
+    # from its checkpoint, if it has one
+    if not begun:
+        claim(cfg, out)
+    elif (out / "checkpoint.pt").exists():
         saved, _, content = load_checkpoint(out / "checkpoint.pt")
         if replace(saved, data_dir=cfg.data_dir, device=cfg.device) != cfg:
             raise InputError(f"'{out}' has the checkpoint.pt of another run, or its config.json")
         check_images(cfg, data, content)
         state.load(content)
-    elif not begun:
-        claim(cfg, out)
 
     # say what is trained
     images, tested = (len(data.splits[split][1]) for split in ("train", "test"))
@@ -1857,7 +1833,6 @@ def run_training(given, out, resume):
         "device": str(device),
         "precision": precision,
         "versions": {"ipkd_ta": __version__, "torch": torch.__version__},
-        "seconds": round(time.perf_counter() - start, 1),
     })
 
 
@@ -1874,13 +1849,13 @@ def run_evaluation(path, given):
 
     # its images: those to test on, and training images to calibrate by
     device, _ = pick_device(cfg)
-    data = load_data(cfg)
+    data = load_data(cfg, device)
     check_images(cfg, data, content)
-    data, model = place(cfg, device, data, model)
+    model.to(device, memory_format=data.memory_format)
 
     # the same statistics as at the end of training, or those of other widths
     model.calibrate(calibration_batches(cfg, data), cfg.widths)
-    accuracies = evaluate(model, data, widths=cfg.widths, batch_size=eval_batch_size(cfg))
+    accuracies = evaluate(model, data, widths=cfg.widths)
     print_results(subs, accuracies)
 
 
@@ -1917,8 +1892,9 @@ def parse(argv):
     args = parser.parse_args(argv)
 
     # those of Config have no default here: only what was given is in args
-    own = [f for f in fields(Config) if hasattr(args, f.name)]
-    return args, {f.name: f.type(getattr(args, f.name)) for f in own}
+    given = {f.name: f.type(getattr(args, f.name)) for f in fields(Config)
+             if hasattr(args, f.name)}
+    return args, given
 
 
 def main(argv=None):

@@ -426,6 +426,9 @@ class TestSlimmable:
         models = calibrated(arch), shaken(calibrated(arch)).train(), shaken(calibrated(arch))
         for model in models:
             average.update_parameters(model)
+            if arch == "universal" and model.training:
+                with pytest.raises(ValueError, match="has no statistics"):
+                    answers_of(average.module)
             average.module.calibrate([images_of(8)])
         for p, *theirs in zip(average.parameters(), *(model.parameters() for model in models)):
             assert_close(p, sum(theirs) / 3)
@@ -1045,7 +1048,7 @@ class TestStep:
 
     @each_network
     def test_training_goes_on_where_memory_has_another_order(self, arch, tmp_path):
-        data = shapes(16)
+        data = ipkd_ta.load_data(config(arch, train_size=16))
         first = state_of(arch)
         widths = first.model.train().step_widths(draw(4, torch.Generator()))
         inputs = *data.splits["train"], widths, 0.1, 0.5
@@ -1066,7 +1069,7 @@ class TestStep:
         ("switchable", torch.float64, 1e-6)])
     def test_on_a_gpu_recorded_steps_equal_eager_ones_and_evaluation_does_not_disturb_them(
             self, arch, dtype, tolerance):
-        data = shapes(64).to("cuda", torch.channels_last)
+        data = ipkd_ta.load_data(config(arch, train_size=64), torch.device("cuda"))
         data.normalise = lambda images: images.to(dtype) / 255 - 0.5
         images, labels = data.splits["train"]
         cfg = config(arch)
@@ -1237,8 +1240,8 @@ class TestEvaluation:
         model.widths = None
         model.forward = lambda x, _: [*logits[:, x[:, 0, 0, 0].round().long()]]
         scale = torch.zeros(3), torch.ones(3) / 255  # so that pixels stay what they are
-        data = ipkd_ta.Data({"test": (images, labels)}, [*range(10)], *scale)
-        for z, sub in zip(logits, ipkd_ta.evaluate(model, data, batch_size=64), strict=True):
+        data = ipkd_ta.Data({"test": (images, labels)}, [*range(10)], *scale, eval_batch=64)
+        for z, sub in zip(logits, ipkd_ta.evaluate(model, data), strict=True):
             rank = (z > z[range(250), labels, None]).sum(1)
             expected = [(rank < n).sum().item() / 2.5 for n in (1, 5)]
             expected.append(F.cross_entropy(z, labels).item())
@@ -1510,7 +1513,8 @@ class TestResume:
             self, tmp_path, monkeypatch, capfd):
         load = ipkd_ta.load_data
         rival = tmp_path / "config.json"
-        monkeypatch.setattr(ipkd_ta, "load_data", lambda cfg: [rival.touch(), load(cfg)][1])
+        monkeypatch.setattr(
+            ipkd_ta, "load_data", lambda cfg, device: [rival.touch(), load(cfg)][1])
         assert "taken by another run" in refused(capfd, "--out", tmp_path)
         assert rival.read_bytes() == b""
         assert "is a file" in refused(capfd, "--out", rival)
