@@ -2,8 +2,7 @@
 
     pip install torch torchvision pytest && python -m pytest
 
-No network and no GPU. Tests that need a GPU, matplotlib, or onnx, onnxscript and onnxruntime are
-skipped where these are missing.
+No network and no GPU. Tests that need a GPU or matplotlib are skipped where these are missing.
 """
 import copy
 import itertools
@@ -28,6 +27,7 @@ import torch
 import torchvision
 from PIL import Image, ImageOps
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -48,7 +48,6 @@ TINY = {
     "switchable": {"arch": "slimmable", "widths": (0.05, 0.1, 0.15), "bn": "switchable"},
 }
 QUICK = {"epochs": 1, "train_size": 40, "batch_size": 16, "lr": 0.1, "eval_every": 1}  # two steps
-DRAWN = [0.15, 0.12, 0.08, 0.05]
 
 exact = partial(assert_close, rtol=0, atol=0)
 rows = pytest.mark.parametrize
@@ -66,30 +65,30 @@ def few_test_shapes_and_no_gpu():
         yield
 
 
+def tiny(arch, **changes):
+    """Options of a run of two steps."""
+    return {**TINY[arch], **QUICK, **changes}
+
+
 def config(arch, **changes):
-    return ipkd_ta.make_config({**TINY[arch], **QUICK, "amp": "off", **changes})
+    return ipkd_ta.make_config(tiny(arch, **changes))
 
 
 def tiny_model(arch):
-    torch.manual_seed(0)
     return ipkd_ta.build_model(config(arch), 10)
 
 
-def flags(options):
-    """{"batch_size": 16, "widths": (0.5, 1)} as ["--batch-size", "16", "--widths", "0.5", "1"]."""
-    words = []
+def run(*args, **options):
+    """The exit status of a command: ("--resume", widths=(0.5, 1)) is --resume --widths 0.5 1."""
+    words = [*map(str, args)]
     for name, value in options.items():
         values = value if isinstance(value, tuple) else (value,)
         words += ["--" + name.replace("_", "-"), *map(str, values)]
-    return words
-
-
-def run(*args, **options):
-    return ipkd_ta.main([*map(str, args), *flags(options)])  # its exit status
+    return ipkd_ta.main(words)
 
 
 def train_tiny(arch, out, *args, **changes):
-    return run("--out", out, *args, **{**TINY[arch], **QUICK, **changes})
+    return run("--out", out, *args, **tiny(arch, **changes))
 
 
 def refused(capfd, *args, **options):
@@ -127,13 +126,6 @@ def dying(owner, name, calls, error=Killed):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(owner, name, mortal)
         yield
-
-
-@contextmanager
-def float64():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def images_of(n, seed=1):
@@ -190,10 +182,15 @@ m(torch.zeros(2, 3, 32, 32)), m.extract(1), m.sub_models()""",
 }
 
 
+def with_gradients(loss, leaves):
+    return [loss, *torch.autograd.grad(loss, leaves, retain_graph=True)]
+
+
 class TestLoss:
     @each_method
     @rows("k", [1, 2, 4])
-    @rows("kd_weight, temperature", [(0.0, 1.0), (0.3, 1.0), (0.5, 4.0), (1.0, 0.5)])
+    @rows("kd_weight, temperature", [
+        (0.0, 1.0), (0.3, 1.0), (0.5, 4.0), (1.0, 0.5), (torch.tensor(0.5), 2.0)])
     def test_value_and_gradients_equal_the_closed_form_in_which_teachers_get_none(
             self, method, k, kd_weight, temperature):
         logits, target = random_logits(k)
@@ -213,56 +210,40 @@ class TestLoss:
             assert_close(z.grad, gradient / 6, rtol=1e-12, atol=1e-14)
         assert value.item() == pytest.approx(total.item() / 6, rel=1e-12)
 
-    @each_method
-    def test_a_tensor_as_the_teacher_s_weight_gives_the_result_of_its_number(self, method):
-        results = []
-        for kd_weight in 0.3, torch.tensor(0.3, dtype=torch.float64):
-            logits, target = random_logits(4)
-            loss = ipkd_ta_loss(logits, target, method, kd_weight, 2.0)
-            results.append([loss, *torch.autograd.grad(loss, logits)])
-        exact(*results)
-
     @rows("k, kd_weight, methods", [(7, 0.0, METHODS), (2, 0.7, METHODS[1:]), (1, 0.7, METHODS)])
     def test_methods_with_the_same_teachers_or_without_their_weight_are_identical(
             self, k, kd_weight, methods):
         logits, target = random_logits(k, torch.float32)
-        first, *others = [ipkd_ta_loss(logits, target, name, kd_weight) for name in methods]
-        for loss in others:
-            exact(loss, first)
-            exact(*(torch.autograd.grad(z, logits, retain_graph=True) for z in (loss, first)))
+        losses = [ipkd_ta_loss(logits, target, name, kd_weight) for name in methods]
+        for loss in losses[1:]:
+            exact(with_gradients(loss, logits), with_gradients(losses[0], logits))
 
     @each_method
     def test_loss_and_gradients_are_finite_for_logits_of_any_magnitude(self, method):
-        extremes = torch.tensor([[1e4, -1e4, 0], [-1e4, 1e4, 1e4]])
-        logits = [(sign * extremes).requires_grad_() for sign in (1, -1, 1)]
-        loss = ipkd_ta_loss(logits, torch.tensor([1, 0]), method)
-        gradients = torch.autograd.grad(loss, logits)
-        assert all(tensor.isfinite().all() for tensor in (loss, *gradients))
+        logits, target = random_logits(3, torch.float32)
+        loss = ipkd_ta_loss([1e4 * z for z in logits], target, method)
+        assert all(tensor.isfinite().all() for tensor in with_gradients(loss, logits))
 
     @each_method
     def test_a_class_masked_by_minus_infinity_counts_as_if_it_were_not_there(self, method):
         logits, target = random_logits(3)
         without = [z[:, :4] for z in logits]
         masked = [F.pad(z, (0, 1), value=-math.inf) for z in without]
-        results = []
-        for z in masked, without:
-            loss = ipkd_ta_loss(z, target % 4, method, 0.5, 2.0)
-            results.append([loss, *torch.autograd.grad(loss, logits)])
+        losses = [ipkd_ta_loss(z, target % 4, method, 0.5, 2.0) for z in (masked, without)]
+        results = [with_gradients(loss, logits) for loss in losses]
         assert_close(*results, rtol=1e-12, atol=1e-14)
         assert ipkd_ta_loss(masked, target, method) == math.inf  # its label is masked
 
-    @each_method
     @rows("label", [-100, -1, 5])
-    def test_a_label_that_is_no_class_is_an_index_error(self, method, label):
+    def test_a_label_that_is_no_class_is_an_index_error(self, label):
         logits, target = random_logits(3)
         target[2] = label
         with pytest.raises(IndexError, match=f"{label} is out of bounds"):
-            ipkd_ta_loss(logits, target, method)
+            ipkd_ta_loss(logits, target)
 
-    @rows("dtype", [torch.float16, torch.bfloat16])
-    def test_half_precision_logits_are_computed_in_float32_also_under_autocast(self, dtype):
-        logits, target = random_logits(3, dtype)
-        with torch.autocast("cpu", dtype):
+    def test_half_precision_logits_are_computed_in_float32_also_under_autocast(self):
+        logits, target = random_logits(3, torch.bfloat16)
+        with torch.autocast("cpu"):
             loss = ipkd_ta_loss(logits, target)
         exact(loss, ipkd_ta_loss([z.float() for z in logits], target))
 
@@ -289,7 +270,7 @@ CHANNELS = {
     0.3: (16, 24, 40, 80, 152, 304),
     1.0: (32, 64, 128, 256, 512, 1024),
 }
-both_kinds = rows("arch", ["universal", "switchable"])
+both_kinds = rows("bn", ["universal", "switchable"])
 
 
 def plain_mobilenet(model, width):
@@ -338,7 +319,7 @@ def answers_of(model):
 
 
 class TestSlimmable:
-    @rows("bn", ["universal", "switchable"])
+    @both_kinds
     def test_cost_equals_the_reference_table(self, bn):
         subs = SlimmableMobileNetV1(100, bn=bn).sub_models()
         assert [s.macs for s in subs] == [3_354_112, 12_213_248, 26_577_408, 46_446_592]
@@ -346,60 +327,45 @@ class TestSlimmable:
         assert [s.name for s in subs] == ["width-0.25", "width-0.5", "width-0.75", "width-1"]
 
     @torch.no_grad()
-    @rows("bn", ["universal", "switchable"])
-    @rows("width, sizes", [*((width, 120) for width in CHANNELS), (0.25, [50, 69, 1])])
+    @both_kinds
+    @rows("width", CHANNELS)
     def test_logits_are_an_ordinary_mobilenet_s_with_sliced_weights_and_mean_statistics(
-            self, bn, width, sizes):
+            self, bn, width):
         torch.manual_seed(0)
         model = shaken(SlimmableMobileNetV1(10, tuple(CHANNELS), bn))
         x = images_of(120) * torch.linspace(0.1, 4, 120).view(-1, 1, 1, 1)
         plain = plain_mobilenet(model, width)
         assert_close(model(x, width), plain(x), rtol=1e-4, atol=1e-4)
-        batches = x.split(sizes)
+        batches = x.split([50, 69, 1])
         model.calibrate(zip(batches, batches), [width, width])  # images and labels
         measure(plain, batches)
         assert_close(model.eval()(x, width), plain.eval()(x), rtol=1e-4, atol=1e-4)
 
     @torch.no_grad()
-    @both_kinds
-    def test_statistics_are_replaced_by_the_next_calibration(self, arch):
-        model = calibrated(arch, scale=5)
-        model.calibrate([images_of(8)])
-        exact(answers_of(model), answers_of(calibrated(arch)))
-
-    @torch.no_grad()
-    def test_training_forgets_the_statistics_of_all_widths(self):
-        model = calibrated("universal").train()
-        with pytest.raises(ValueError, match="width 0.1 has no statistics: call calibrate"):
-            model.eval()(images_of(8), 0.1)
-
-    @torch.no_grad()
-    @both_kinds
-    def test_a_list_of_widths_gives_a_list_smallest_first_and_none_means_the_largest(self, arch):
-        model = calibrated(arch)
+    def test_a_list_of_widths_gives_a_list_smallest_first_and_none_means_the_largest(self):
+        model = calibrated("universal")
         x = images_of(8)
         exact(model(x, [0.15, 0.05]), [model(x, 0.05), model(x)])
 
     @rows("order", [torch.contiguous_format, torch.channels_last])
-    @rows("seed", range(4))
-    def test_masks_give_the_logits_and_gradients_of_slices(self, order, seed):
-        torch.manual_seed(seed)
+    def test_masks_give_the_logits_and_gradients_of_slices(self, order):
+        torch.manual_seed(0)
         model = shaken(SlimmableMobileNetV1(10, (0.1, 0.4))).double().to(memory_format=order)
-        x = images_of(6, seed).double().contiguous(memory_format=order)
-        widths = sorted(sandwich_widths(4, 0.1, 0.4, torch.Generator().manual_seed(seed)))
+        x = images_of(6).double().contiguous(memory_format=order)
+        widths = sorted(sandwich_widths(10, 0.1, 0.4, torch.Generator()))
         found = []
         for asked in widths, torch.tensor([model.channels(width) for width in widths]):
             logits = model(x, asked)
             loss = ipkd_ta_loss(logits, torch.arange(6))
-            found.append([*logits, *torch.autograd.grad(loss, [*model.parameters()])])
+            found.append([*logits, *with_gradients(loss, [*model.parameters()])])
         assert_close(*found, rtol=1e-8, atol=1e-10)
 
     @torch.no_grad()
     @both_kinds
-    @rows("loading", [True, False])
-    def test_a_state_dict_restores_the_statistics_in_any_network(self, arch, loading, tmp_path):
-        model = calibrated(arch)
-        other = shaken(calibrated(arch, scale=3) if loading else tiny_model(arch))
+    @rows("make", [calibrated, tiny_model])
+    def test_a_state_dict_restores_the_statistics_in_any_network(self, bn, make, tmp_path):
+        model = calibrated(bn, scale=3)
+        other = shaken(make(bn))
         torch.save(model.state_dict(), tmp_path / "state.pt")
         other.load_state_dict(read(tmp_path / "state.pt"))
         exact(answers_of(other), answers_of(model))
@@ -413,43 +379,38 @@ class TestSlimmable:
             with pytest.raises(ValueError, match="has no statistics"):
                 answers_of(model)
 
-    def test_a_state_dict_is_of_tensors_with_one_of_statistics_for_each_calibrated_width(self):
-        state = calibrated("universal").state_dict()
-        assert all(map(torch.is_tensor, state.values()))
-        assert sum(name.startswith("statistics.") for name in state) == 3
-
     @torch.no_grad()
-    @both_kinds
     @rows("buffers", [True, False])
-    def test_weights_can_be_averaged_between_calibrations(self, arch, buffers):
-        average = torch.optim.swa_utils.AveragedModel(calibrated(arch), use_buffers=buffers)
-        models = calibrated(arch), shaken(calibrated(arch)).train(), shaken(calibrated(arch))
-        for model in models:
+    def test_training_forgets_the_statistics_and_an_average_with_it_has_none(self, buffers):
+        average = torch.optim.swa_utils.AveragedModel(calibrated("universal"), use_buffers=buffers)
+        for model in calibrated("universal"), calibrated("universal").train():
             average.update_parameters(model)
-            if arch == "universal" and model.training:
-                with pytest.raises(ValueError, match="has no statistics"):
-                    answers_of(average.module)
-            average.module.calibrate([images_of(8)])
-        for p, *theirs in zip(average.parameters(), *(model.parameters() for model in models)):
-            assert_close(p, sum(theirs) / 3)
+        for without in average.module, model:
+            with pytest.raises(ValueError, match="has no statistics"):
+                answers_of(without)
+        average.module.calibrate([images_of(8)])
+        average.update_parameters(calibrated("universal"))
+        answers_of(average.module)
 
     @torch.no_grad()
     def test_a_calibration_that_fails_leaves_no_statistics(self):
         model = calibrated("universal")
-        with pytest.raises(ValueError, match="more than 1 value"):
-            model.calibrate([images_of(8), images_of(1)[:, :, :8, :8]])
+        with pytest.raises(TypeError):
+            model.calibrate([images_of(8), None])
         with pytest.raises(ValueError, match="has no statistics"):
             answers_of(model)
 
     @torch.no_grad()
     @both_kinds
-    def test_a_clone_has_statistics_of_its_own(self, arch):
-        model = calibrated(arch)
+    def test_a_clone_has_statistics_of_its_own_and_calibration_replaces_them(self, bn):
+        model = calibrated(bn)
         clone = copy.deepcopy(model)
         before = answers_of(model)
         exact(answers_of(clone), before)
         clone.calibrate([images_of(8) * 5])
         exact(answers_of(model), before)
+        clone.calibrate([images_of(8)])
+        exact(answers_of(clone), before)
 
     def test_weights_start_as_published(self):
         torch.manual_seed(0)
@@ -470,24 +431,16 @@ class TestMSDNet:
         assert [s.name for s in subs] == [f"exit-{k}" for k in range(1, 8)]
         assert sum(p.numel() for p in model.parameters()) == 3_067_960
 
-    @rows("options, scales, coarsest", [
-        # 10 layers, one scale fewer after 4 and 8: per block 1, 2, 3, 4;
-        # n = 8 12|16 20|24 (28) 14 18|22 26 (30) 15 19
-        (dict(exits=4, base=1, step=1, step_mode="lin_grow", channels=8, growth=4),
-         [3, 3, 2, 1], [48, 80, 72, 76]),
-        # 6 layers, after 2 and 4: per block 2 layers; n = 6 9 12|(15) 7 10|(13) 6 9
-        (dict(exits=3, base=2, step=2, channels=6, growth=3), [3, 2, 1], [48, 40, 36]),
-    ])
-    def test_other_configurations_have_the_right_shapes_and_scale_reductions(
-            self, options, scales, coarsest):
-        model = MSDNet(7, **options).eval()
+    def test_blocks_that_grow_have_the_right_shapes_and_scale_reductions(self):
+        # of 1, 2, 3 layers, one scale fewer after 2 and 4: n = 6 9|12 (15) 7|10 (13) 6 9
+        model = MSDNet(7, exits=3, base=1, step=1, step_mode="lin_grow", channels=6, growth=3)
         assert {z.shape for z in model(images_of(2))} == {(2, 7)}
         maps = images_of(2)
-        for block, n, c in zip(model.blocks, scales, coarsest, strict=True):
+        sizes = []  # channels and pixels of each scale
+        for block in model.blocks:
             maps = block(maps)
-            finest_first = reversed(range(n))  # finer: twice the pixels, half the channels
-            sizes = [(2, c // 2**i, 8 * 2**i, 8 * 2**i) for i in finest_first]
-            assert [z.shape for z in maps] == sizes
+            sizes.append([z.shape[1:3] for z in maps])
+        assert sizes == [[(9, 32), (18, 16), (36, 8)], [(14, 16), (28, 8)], [(36, 8)]]
 
     def test_gradient_equilibrium_gives_each_block_the_mean_of_what_later_exits_send(self):
         plain = brief_msdnet(4).double().train()
@@ -497,10 +450,9 @@ class TestMSDNet:
         exact(losses, same)  # the answers stay as they are
         sum(same).backward()
         for k, block in enumerate(plain.blocks):
-            p = block[0].paths[-1][-1][0][0].weight if k else block[0].convs[-1][0].weight
-            sent = [torch.autograd.grad(z, p, retain_graph=True)[0] for z in losses[k:]]
-            theirs = dict(zip(plain.parameters(), balanced.parameters()))[p]
-            assert_close(theirs.grad, sum(sent) / len(sent), rtol=1e-9, atol=1e-9)
+            _, *mean = with_gradients(sum(losses[k:]) / (4 - k), [*block.parameters()])
+            found = [p.grad for p in balanced.blocks[k].parameters()]
+            assert_close(found, mean, rtol=1e-9, atol=1e-9)
 
 
 def loss_of(logits=(torch.zeros(6, 5),) * 2, target=torch.zeros(6).long(), **options):
@@ -564,13 +516,11 @@ WRONG = {
 
 
 class TestSubModels:
-    @rows("options", [{}, {"exits": 4, "base": 1, "step": 1, "step_mode": "lin_grow"}])
-    def test_an_extracted_exit_gives_the_same_logits_by_all_of_its_weights_folded_too(
-            self, options):
-        model = brief_msdnet(**options)
+    def test_an_extracted_exit_gives_the_same_logits_by_all_of_its_weights_folded_too(self):
+        model = brief_msdnet()
         x = images_of(8)
-        for k, expected in enumerate(model(x), start=1):
-            expected = expected.detach()
+        answers = model(x)
+        for k, expected in enumerate(answers, start=1):
             extracted = ipkd_ta.extract(model, k)
             found = extracted(x)
             assert_close(found, expected, rtol=1e-5, atol=1e-5)
@@ -579,11 +529,7 @@ class TestSubModels:
             assert_close(ipkd_ta.fold_bn(extracted)(x), expected, rtol=1e-4, atol=1e-4)
             assert "BatchNorm" not in str(extracted)
             assert "BatchNorm" in str(model)
-
-    def test_a_whole_msdnet_can_be_folded(self):
-        model = brief_msdnet()
-        before = model(images_of(8))
-        assert_close(ipkd_ta.fold_bn(model)(images_of(8)), before, rtol=1e-4, atol=1e-4)
+        assert_close(ipkd_ta.fold_bn(model)(x), answers, rtol=1e-4, atol=1e-4)
 
     def test_lazy_evaluation_saves_macs_where_a_finer_scale_is_left_over(self):
         model = MSDNet(100)
@@ -596,9 +542,9 @@ class TestSubModels:
     @rows("arch, which, width", [
         ("universal", 3, 0.15),
         ("universal", 0.12, 0.12),
+        ("universal", 0.05 + 0.1, 0.15),
         ("switchable", np.int64(2), 0.1),
-        ("switchable", np.float32(0.15), 0.15),
-    ])
+        ("switchable", np.float32(0.15), 0.15)])
     def test_an_extracted_width_gives_the_same_logits_at_the_cost_of_its_own(
             self, arch, which, width):
         model = shaken(tiny_model(arch)).double()
@@ -630,17 +576,13 @@ class TestSubModels:
         left = [sum(e >= k for e in exits) for k in range(4)]
         assert seen == [n for n in left if n]
 
+    def test_images_of_equal_confidence_leave_together(self):
+        assert exit_thresholds(torch.full((3, 4), 0.5), [0.25, 0.5, 0.25]) == [0.5, 2.0, 0.0]
+
     @rows("call, message", WRONG.items())
     def test_a_wrong_argument_is_named(self, call, message):
         with pytest.raises(ValueError, match=message):
             eval(call)
-
-    @torch.no_grad()
-    @rows("width", [0.1 + 0.2, np.float32(0.3)])
-    def test_float_noise_makes_no_other_width(self, width):
-        model = SlimmableMobileNetV1(10, [0.3])
-        model.calibrate([images_of(4)], [width])
-        exact(model.eval()(images_of(4), width), model(images_of(4), 0.3))
 
 
 def pictures_of(image):
@@ -658,26 +600,24 @@ def pictures_of(image):
 def write_cifar(root, name):
     """A small CIFAR in its own on-disk format; returns {split: (images, labels)}."""
     cls = getattr(torchvision.datasets, name.upper())
-    n = int(name[5:])
     folder = root / cls.base_folder
     folder.mkdir()
     splits = {}
     for split in "train", "test":
         files = [file for file, _ in getattr(cls, f"{split}_list")]
         images = torch.randint(256, (len(files), 8, 3, 32, 32), dtype=torch.uint8)
-        labels = torch.randint(n, (len(files), 8))
+        labels = torch.randint(10, (len(files), 8))
         for file, x, y in zip(files, images.flatten(2).numpy(), labels.tolist()):
-            key = "fine_labels" if n == 100 else "labels"
-            (folder / file).write_bytes(pickle.dumps({"data": x, key: y}))
+            (folder / file).write_bytes(pickle.dumps({"data": x, "labels": y}))
         splits[split] = images.flatten(0, 1), labels.flatten()
-    names = [f"class {i}" for i in range(n)]
-    (folder / cls.meta["filename"]).write_bytes(pickle.dumps({cls.meta["key"]: names}))
+    meta = {cls.meta["key"]: ["cat", "dog"]}
+    (folder / cls.meta["filename"]).write_bytes(pickle.dumps(meta))
     return splits
 
 
-def write_images(root, splits=("train", "test"), classes=("café", "dog"), n=4):
+def write_images(root, splits=("train", "test"), n=4):
     generator = np.random.default_rng(0)
-    for split, name in itertools.product(splits, classes):
+    for split, name in itertools.product(splits, ("café", "dog")):
         folder = root / split / name
         folder.mkdir(parents=True)
         for i in range(n):
@@ -695,7 +635,6 @@ def seen_by_a_viewer(path):
 
 
 PIXELS = np.random.default_rng(1).integers(256, size=(32, 32, 4)).astype(np.uint8)
-RGBA = Image.fromarray(PIXELS)
 ALPHA = PIXELS[..., 3:] / 255
 CLEAR = 255 * (1 - ALPHA) + PIXELS[..., :3] * ALPHA  # on white
 FOUR = Image.fromarray(PIXELS[..., 0] % 4).convert("P")
@@ -726,10 +665,15 @@ class TestData:
         known = set().union(*map(pictures_of, data.splits["train"][0]))
         assert {x.byte().contiguous().numpy().tobytes() for x in pixels} < known
 
+    def test_images_held_out_are_others_than_those_trained_on_and_the_same_for_every_seed(self):
+        splits = shapes(30, val_size=10).splits
+        exact(splits, shapes(30, val_size=10, seed=1).splits)
+        images = torch.cat([splits["train"][0], splits["val"][0]])
+        assert len(images) == len(images.unique(dim=0)) == 40
+
     @rows("name, mean, std", [
         ("cifar10", (0.4914, 0.4824, 0.4467), (0.2471, 0.2435, 0.2616)),
-        ("cifar100", (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
-    ])
+        ("cifar100", (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))])
     def test_cifar_is_read_from_its_format(self, name, mean, std, tmp_path, monkeypatch):
         torch.manual_seed(0)
         splits = write_cifar(tmp_path, name)
@@ -737,15 +681,12 @@ class TestData:
         data = load(name, tmp_path)
         exact(data.splits, splits)
         exact(torch.stack([data.mean, data.std]), torch.tensor([mean, std]))
-        assert data.classes == [f"class {i}" for i in range(int(name[5:]))]
+        assert data.classes == ["cat", "dog"]
 
-    @rows("content", [None, "cut"])
     def test_cifar_that_is_not_there_is_one_line_with_the_file_and_where_to_get_it(
-            self, content, tmp_path, monkeypatch, capfd):
+            self, tmp_path, monkeypatch, capfd):
         cls = torchvision.datasets.CIFAR10
         monkeypatch.setattr(cls, "url", "http://127.0.0.1:9/none")  # nothing answers
-        if content:
-            (tmp_path / cls.filename).write_text(content)
         err = refused(capfd, dataset="cifar10", data_dir=tmp_path, out=tmp_path / "run")
         assert f"'{tmp_path}'" in err
         assert f"put {cls.filename} of https://www.cs.toronto.edu/~kriz/cifar.html" in err
@@ -776,13 +717,10 @@ class TestData:
 
     @rows("name, picture, options, expected", [
         ("palette.png", FOUR, {"transparency": 2}, SHOWN),
-        ("clear.png", RGBA, {}, CLEAR),
-        ("clear.webp", RGBA, {"lossless": True, "exact": 1}, CLEAR),
-        ("a.gif", FOUR, {"transparency": 2}, SHOWN),
+        ("clear.png", Image.fromarray(PIXELS), {}, CLEAR),
         ("animated.gif", FOUR, {"transparency": 2, **MORE}, SHOWN),
         ("ink.jpg", Image.new("CMYK", (8, 8), (0, 255, 255, 0)), {}, (255, 0, 0)),
-        ("black and white.tiff", Image.new("1", (8, 8), 1), {}, 255),
-    ])
+        ("black and white.tiff", Image.new("1", (8, 8), 1), {}, 255)])
     def test_an_unusual_image_is_read_as_a_viewer_shows_it(
             self, name, picture, options, expected, tmp_path, recwarn):
         picture.save(tmp_path / name, **options)
@@ -790,7 +728,7 @@ class TestData:
         assert not recwarn.list
 
     @rows("suffix, turn", [
-        *(("png", turn) for turn in range(1, 9)), ("jpg", 6), ("webp", 8), ("tiff", 5)])
+        *(("png", turn) for turn in range(1, 9)), ("jpg", 6), ("tiff", 5)])
     def test_an_image_is_turned_upright(self, suffix, turn, tmp_path):
         exif = Image.Exif()
         exif[0x0112] = turn
@@ -801,29 +739,25 @@ class TestData:
 
     @pytest.mark.filterwarnings("ignore::UserWarning")
     @rows("exif, quarters", [
-        (b"II*\0" + struct.pack("<LH", 8, 2) + ORIENTATION + b"junk", -1),
         (b"II*\0" + struct.pack("<LH", 8, 2) + DANGLING + ORIENTATION, -1),
-        (b"MM\0*" + struct.pack(">LHHHLHH", 8, 9, 0x0112, 3, 1, 6, 0), -1),
+        (b"MM\0*" + struct.pack(">LHHHLL", 8, 9, 0x0112, 4, 1, 6), -1),
         (b"II*\0" + struct.pack("<LH", 8, 9) + b"junk", 0),
         (b"MM", 0)])
-    @rows("suffix", ["png", "jpg", "webp"])
-    def test_an_orientation_beside_damaged_exif_entries_counts(
-            self, exif, quarters, suffix, tmp_path):
-        pixels = PIXELS[:20, :, :3]
-        path = tmp_path / f"a.{suffix}"
-        Image.fromarray(pixels).save(path)
+    def test_an_orientation_beside_damaged_exif_entries_counts(self, exif, quarters, tmp_path):
+        path = tmp_path / "a.jpg"
+        image = Image.fromarray(PIXELS[:20, :, :3])
+        image.save(path)
         plain = seen_by_a_viewer(path)
-        Image.fromarray(pixels).save(path, exif=b"Exif\0\0" + exif)
+        image.save(path, exif=b"Exif\0\0" + exif)
         assert (seen_by_a_viewer(path) == np.rot90(plain, quarters)).all()
 
-    @rows("size", [8, 32, 96])
     @rows("sides", [(900, 300), (300, 900)])
-    def test_of_a_photo_the_centre_is_taken_its_shorter_side_at_the_image_size(self, sides, size):
+    def test_of_a_photo_the_centre_is_taken_its_shorter_side_at_the_image_size(self, sides):
         photo = Image.new("L", sides)
         left, top = (side // 2 - 150 for side in sides)
         photo.paste(200, (left, top, left + 300, top + 300))  # the centre
-        pixels = ipkd_ta.square(size)(photo)
-        assert pixels.shape == (1, size, size)
+        pixels = ipkd_ta.square(96)(photo)
+        assert pixels.shape == (1, 96, 96)
         assert pixels[:, 1:-1, 1:-1].min() >= 199
         assert pixels.min() > 150
 
@@ -831,11 +765,8 @@ class TestData:
         ("cut.png", lambda path: path.write_bytes(
             (path.parent / "0 ä.png").read_bytes()[:-999]), "truncated"),
         ("16 bit.png", Image.new("I;16", (8, 8), 30_000).save, "mode I;16 "),
-        ("32 bit.tiff", Image.new("I", (8, 8), 100_000).save, "mode I "),
         ("float.tiff", Image.new("F", (8, 8), 0.5).save, "mode F "),
-        ("link to itself.png", lambda path: path.symlink_to(path), "not a file"),
-        ("pipe.png", os.mkfifo, "not a file"),
-    ])
+        ("pipe.png", os.mkfifo, "not a file")])
     def test_an_impossible_image_is_named_in_one_line(
             self, name, write, reason, tmp_path, capfd):
         path = write_images(tmp_path / "images", n=1) / "train/café" / name
@@ -850,11 +781,9 @@ class TestData:
         (shutil.rmtree, "must hold train/<class>/.*train"),
         (lambda root: shutil.rmtree(root / "test"), "must hold .*val'"),
         (lambda root: os.rename(root / "test/dog", root / "test/owl"), "dog, owl in only one"),
-        (lambda root: [path.unlink() for path in (root / "train/dog").iterdir()], "dog"),
         (lambda root: [path.write_text("junk") for path in (root / "train/dog").iterdir()],
          "4 of the images .*dog/0.*dog/1.*dog/2.*dog/3"),
-        (lambda root: None, "--val-size 1 .*size 8 .* the 8 training images of images"),
-    ])
+        (lambda root: None, "--val-size 1 .*size 8 .* the 8 training images of images")])
     def test_a_wrong_folder_is_one_clear_line(self, spoil, message, tmp_path, capfd):
         root = write_images(tmp_path / "images")
         spoil(root)
@@ -866,27 +795,25 @@ class TestData:
 
 class TestOptions:
     @rows("options, reason", [
-        *((f"--arch slimmable {option}", option.split()[0]) for option in (
-            "--exits 3", "--base 1", "--step 1", "--step-mode even", "--channels 8",
-            "--growth 4", "--gradient-equilibrium")),
-        *((option, option.split()[0]) for option in ("--widths 1", "--bn universal")),
-        ("--image-size 64", "--image-size is for folder"),
+        *((options, f"{options.split()[-2]}[: ]") for options in (
+            "--arch slimmable --exits 3", "--arch slimmable --base 1",
+            "--arch slimmable --step 1", "--arch slimmable --step-mode even",
+            "--arch slimmable --channels 8", "--arch slimmable --growth 4", "--widths 1",
+            "--bn universal", "--image-size 64", "--arch resnet", "--method kd",
+            "--dataset mnist", "--batch-size 1", "--epochs 1.5", "--epochs 0", "--exits 0",
+            "--lr -1", "--lr nan", "--lr inf", "--kd-weight 1.5", "--kd-weight nan",
+            "--kd-warmup -1", "--temperature 0", "--weight-decay -1", "--seed -1",
+            "--train-size 99999999999999999999", "--val-size 99999999999999999999",
+            "--device abacus", "--device cuda:99", "--report nowhere")),
+        ("--arch slimmable --gradient-equilibrium", "--gradient-equilibrium is for msdnet"),
         ("--data-dir photos", "--dataset folder"),
         ("--arch slimmable --compile", "needs a GPU"),
         ("--plot a.svg", "--report DIR"),
         ("--report a --eval b", "not allowed with"),
         ("--arch slimmable --widths 0.5 0.25", "ascend"),
-        *((option, option.split()[1]) for option in (
-            "--arch resnet", "--method kd", "--dataset mnist", "--batch-size 1", "--epochs 1.5",
-            "--lr -1", "--lr nan", "--lr inf", "--kd-weight 1.5", "--kd-weight nan",
-            "--kd-warmup -1", "--temperature 0", "--weight-decay -1", "--epochs 0", "--seed -1",
-            "--device abacus", "--device cuda:99")),
-        ("--exits 0", "--exits must be from 1"),
         ("--train-size 20 --val-size 1 --epoch 1", "--epoch"),
-        *((f"{option} {'9' * 20}", option) for option in ("--train-size", "--val-size")),
         ("--nonsense", "--nonsense"),
         ("stray", "stray"),
-        ("--report nowhere", "nowhere"),
         ("--eval nowhere.pt", "nowhere.pt")])
     def test_a_wrong_option_is_one_clear_line_and_status_2(
             self, options, reason, tmp_path, monkeypatch, capfd):
@@ -898,10 +825,22 @@ class TestOptions:
         cfg = ipkd_ta.make_config({"dataset": "cifar10", "small": True, "exits": 3})
         assert (cfg.exits, cfg.channels, cfg.growth, cfg.step_mode) == (3, 8, 4, "lin_grow")
 
+    def test_help_names_the_options(self, capfd):
+        with pytest.raises(SystemExit):
+            run("--help")
+        assert "--lr-warmup" in capfd.readouterr().out
 
-def state_of(arch, cfg=None):
-    cfg = cfg or config(arch)
-    return ipkd_ta.State(cfg, tiny_model(arch), torch.device("cpu"), None)
+    def test_another_seed_is_another_network(self):
+        models = [ipkd_ta.build_model(config("msdnet", seed=seed), 10) for seed in (0, 1)]
+        assert not torch.equal(*(next(model.parameters()) for model in models))
+
+
+def training(arch, data, model=None, **changes):
+    """A new training of a tiny network: its state and its step."""
+    cfg = config(arch, **changes)
+    model = model or ipkd_ta.build_model(cfg, 10)
+    state = ipkd_ta.State(cfg, model, torch.device("cpu"), None)
+    return state, ipkd_ta.make_step(cfg, state, data, None)
 
 
 def shapes(n, **options):
@@ -919,12 +858,6 @@ def drawn_widths(model, generator):
 class StandIn(ipkd_ta.RecordedStep):
     """Records on a CPU: keeps the arguments of the recorded call, and a replay runs it again."""
 
-    def __init__(self, step, device):
-        self.step = step
-        self.device = device
-        self.places = self.graph = None
-        self.calls = self.replays = 0
-
     @contextmanager
     def aside(self):
         yield
@@ -934,7 +867,6 @@ class StandIn(ipkd_ta.RecordedStep):
         self.recorded = list(self.places)
 
     def replay(self):
-        self.replays += 1
         self.loss = self.step(*self.recorded)
 
 
@@ -976,122 +908,100 @@ class TestStep:
     @rows("arch, options", [*((arch, {}) for arch in TINY), ("universal", {"widths": (0.1,)})])
     def test_all_that_a_step_reads_stays_in_its_place(self, arch, options):
         data = shapes(32)
-        cfg = config(arch, **options)
-        model = ipkd_ta.build_model(cfg, 10).train()
-        state = ipkd_ta.State(cfg, model, torch.device("cpu"), None)
+        state, step = training(arch, data, **options)
+        model = state.model
         inputs = *data.splits["train"], drawn_widths(model, torch.Generator()), 0.1, 0.5
         with Reads() as reads:
             reads.kept = [*model.buffers()]  # so that no other tensor takes their places
-            ipkd_ta.make_step(cfg, state, data, None)(*inputs)
+            step(*inputs)
         model.calibrate([data.normalise(inputs[0])])
         model.train()
         places = [inputs, data.mean, data.std, *model.parameters(), *model.buffers()]
-        places += [state.optimizer.state[p]["momentum_buffer"] for p in model.parameters()]
+        places += state.optimizer.state.values()
         assert len(reads.found) > 20
         assert reads.found <= storages_of(places)
 
     @each_network
-    def test_a_replayed_step_reads_nothing_but_its_places(self, arch, tmp_path):
+    def test_a_replayed_step_has_the_inputs_of_its_call(self, arch, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
         data = shapes(64)
         images, labels = data.splits["train"]
-        cfg = config(arch)
-        eager_state, state = state_of(arch), state_of(arch)
-        eager = ipkd_ta.make_step(cfg, eager_state, data, None)
-        recorded = StandIn(ipkd_ta.make_step(cfg, state, data, None), torch.device("cpu"))
+        eager_state, eager = training(arch, data)
+        state, step = training(arch, data)
+        recorded = StandIn(step, torch.device("cpu"))
         generator = torch.Generator().manual_seed(0)
-        eager_state.model.train()
-        state.model.train()
-        for i in range(20):
-            if i == 10:  # killed and resumed: a new network, optimizer and recording
-                state.save(tmp_path / "a.pt")
-                state = state_of(arch)
-                state.load(read(tmp_path / "a.pt"))
-                state.model.train()
-                assert recorded.replays == 6
-                recorded = StandIn(ipkd_ta.make_step(cfg, state, data, None), recorded.device)
+        for i in range(10):
             batch = torch.randperm(64, generator=generator)[:8]
             widths = drawn_widths(state.model, generator)
             inputs = images[batch], labels[batch], widths, (i + 1) / 512, i / 64
             exact(recorded(*inputs), eager(*inputs))
+        assert recorded.graph
         exact(state.model.state_dict(), eager_state.model.state_dict())
 
     @each_network
-    @rows("amp", [None, torch.bfloat16])
-    def test_forward_pass_and_loss_need_no_number_from_a_gpu(self, arch, amp, monkeypatch):
-        fake = pytest.importorskip("torch._subclasses.fake_tensor")
-        monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
-        monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda *args, **kwargs: True)
+    def test_forward_pass_and_loss_need_no_number_from_a_gpu(self, arch):
+        mode = FakeTensorMode()
         try:
-            with fake.FakeTensorMode(), torch.device("cuda"):
-                torch.empty(1).uniform_()
+            with mode, torch.device("cuda"):
+                model = tiny_model(arch)
         except RuntimeError:
             pytest.skip("needs a driver, or a PyTorch that fakes a GPU without one")
-        with fake.FakeTensorMode() as mode:
-            with torch.device("cuda"):
-                model = ipkd_ta.build_model(config(arch), 10).train()
-                half = torch.full((3,), 0.5)
-                images = torch.empty(8, 3, 32, 32, dtype=torch.uint8)
-                labels = torch.zeros(8, dtype=torch.int64)
-                kd_weight = torch.zeros(())
+        with mode, torch.device("cuda"):
+            half = torch.full((3,), 0.5)
+            images = torch.empty(8, 3, 32, 32, dtype=torch.uint8)
+            labels = torch.zeros(8, dtype=torch.int64)
+            kd_weight = torch.zeros(())
         data = ipkd_ta.Data({}, [*range(10)], half, half)
         widths = model.step_widths(draw(4, torch.Generator()))
         with mode:
             if torch.is_tensor(widths):
                 widths = torch.empty(widths.shape, dtype=widths.dtype, device="cuda")
-            with torch.autocast("cuda", amp, enabled=amp is not None), NoCopies():
+            with NoCopies():
                 logits = model(data.normalise(images), widths)
                 loss = ipkd_ta_loss(logits, labels, "ipkd-ta", kd_weight, 2.0)
-            assert loss.device.type == "cuda" and loss.dtype == torch.float32
-            assert all(z.dtype == (amp or torch.float32) for z in logits)
+            assert loss.device.type == "cuda"
             with pytest.raises(Exception, match="local_scalar"):
                 loss.item()
 
-    @each_network
-    def test_training_goes_on_where_memory_has_another_order(self, arch, tmp_path):
-        data = ipkd_ta.load_data(config(arch, train_size=16))
-        first = state_of(arch)
-        widths = first.model.train().step_widths(draw(4, torch.Generator()))
-        inputs = *data.splits["train"], widths, 0.1, 0.5
-        ipkd_ta.make_step(config(arch), first, data, None)(*inputs)
-        first.save(tmp_path / "a.pt")
+    def test_training_goes_on_where_memory_has_another_order(self, tmp_path):
+        data = shapes(16)
+        inputs = *data.splits["train"], None, 0.1, 0.5
+        state, step = training("msdnet", data)
+        step(*inputs)
+        state.save(tmp_path / "a.pt")
         found = []
         for order in torch.contiguous_format, torch.channels_last:  # of a CPU, of a GPU
-            state = state_of(arch)
-            state.model.to(memory_format=order).train()
+            state, step = training("msdnet", data)
+            state.model.to(memory_format=order)
             state.load(read(tmp_path / "a.pt"))
-            ipkd_ta.make_step(config(arch), state, data, None)(*inputs)
+            step(*inputs)
             found.append([*state.model.parameters()])
         assert_close(*found, rtol=1e-3, atol=1e-4)
 
     @needs_cuda
-    @rows("arch, dtype, tolerance", [
-        ("msdnet", torch.float32, 1e-3), ("universal", torch.float64, 1e-6),
-        ("switchable", torch.float64, 1e-6)])
+    @each_network
     def test_on_a_gpu_recorded_steps_equal_eager_ones_and_evaluation_does_not_disturb_them(
-            self, arch, dtype, tolerance):
-        data = ipkd_ta.load_data(config(arch, train_size=64), torch.device("cuda"))
-        data.normalise = lambda images: images.to(dtype) / 255 - 0.5
+            self, arch):
+        device = torch.device("cuda")
+        data = ipkd_ta.load_data(config(arch, train_size=64), device)
+        data.normalise = lambda images: images.double() / 255 - 0.5
         images, labels = data.splits["train"]
-        cfg = config(arch)
         losses = []
-        for recorded in (False, True):
-            model = tiny_model(arch).to("cuda", dtype, memory_format=torch.channels_last).train()
-            state = ipkd_ta.State(cfg, model, torch.device("cuda"), None)
-            step = ipkd_ta.make_step(cfg, state, data, None)
+        for recorded in False, True:
+            model = tiny_model(arch).double().to(device, memory_format=torch.channels_last)
+            _, step = training(arch, data, model)
             if recorded:
-                step = ipkd_ta.RecordedStep(step, torch.device("cuda"))
+                step = ipkd_ta.RecordedStep(step, device)
             generator = torch.Generator().manual_seed(0)
-            losses.append([])
             for i in range(8):
                 batch = slice(i, i + 16)
                 widths = model.step_widths(draw(4, generator))
                 loss = step(images[batch], labels[batch], widths, (i + 1) / 2**13, i / 16)
-                losses[-1].append(loss.item())
+                losses.append(loss.item())
                 model.calibrate([data.normalise(images)])
-                model.eval()
-                model(data.normalise(images), model.widths)
+                ipkd_ta.evaluate(model, data)
                 model.train()
-        assert losses[1] == pytest.approx(losses[0], abs=tolerance)
+        assert losses[8:] == pytest.approx(losses[:8], abs=1e-6)
 
     @needs_cuda
     @rows("amp", ["auto", "off", "bf16", "fp16"])
@@ -1118,21 +1028,21 @@ class TestTraining:
     def test_the_demonstration_teaches(self, tmp_path, capfd):
         assert run("--out", tmp_path) == 0
         top1 = [sub["top1"] for sub in read(tmp_path / "results.json")["sub_models"]]
-        assert min(top1) > 75 and top1[-1] >= top1[0]
+        assert min(top1) > 75
         assert "minutes left" in capfd.readouterr().out
 
     @rows("schedule, warmup, factors", [
         ("multistep", 0, [1, 1, 0.1, 0.01]),
-        ("linear", 0, [0.875, 0.625, 0.375, 0.125]),
         ("cosine", 0, [(1 + math.cos(math.pi * p)) / 2 for p in (0.125, 0.375, 0.625, 0.875)]),
         ("linear", 0.5, [0.875 * 0.25, 0.625 * 0.75, 0.375, 0.125])])
-    def test_learning_rate_and_kd_weight_follow_the_options_in_mid_step(
+    def test_learning_rate_kd_weight_and_evaluation_follow_the_options(
             self, schedule, warmup, factors, tmp_path):
         assert train_tiny("msdnet", tmp_path, epochs=4, train_size=16, lr=0.2, kd_weight=0.8,
-                          schedule=schedule, lr_warmup=warmup, kd_warmup=0.5) == 0
+                          schedule=schedule, lr_warmup=warmup, kd_warmup=0.5, eval_every=3) == 0
         records = read(tmp_path / "metrics.jsonl")
         assert [r["lr"] for r in records] == pytest.approx([0.2 * factor for factor in factors])
         assert [r["kd_weight"] for r in records] == pytest.approx([0.2, 0.6, 0.8, 0.8])
+        assert ["top1" in r for r in records] == [False, False, True, True]
 
     @each_network
     @each_method
@@ -1147,57 +1057,73 @@ class TestTraining:
         assert err == "" and options == found["config"]
         assert (options["method"], options["device"], options["amp"]) == (method, "auto", "auto")
         assert (found["classes"], found["train_images"], found["test_images"]) == (10, 40, 50)
-        assert (found["device"], found["precision"]) == ("cpu", "float32")
+        assert found["device"] == "cpu"
         assert found["versions"]["torch"] == torch.__version__
         table = [line.split()[::3] for line in out.splitlines()[-3:]]
         assert table == [[s["name"], f"{s['top1']:.2f}"] for s in found["sub_models"]]
 
     @each_network
-    @rows("weight_decay", [1e-4, 0.3, 0.0])
     def test_a_step_is_nesterov_sgd_with_decay_of_full_convolutions_and_classifier_or_of_all(
-            self, arch, weight_decay, monkeypatch):
-        with float64():  # in float32 rounding moves some outputs across a kink of ReLU6
-            data = shapes(12)
-            state = state_of(arch, config(arch, weight_decay=weight_decay))
-            reference = tiny_model(arch)
+            self, arch):
+        data = shapes(12)
         images, labels = data.splits["train"]
+        # in float32 rounding moves some outputs across a kink of ReLU6
         data.normalise = lambda x: x.double() / 255 - 0.5
-        widths = None if arch == "msdnet" else DRAWN if arch == "universal" else reference.widths
-        before = [p.detach().clone() for p in state.model.parameters()]
-        step = ipkd_ta.make_step(config(arch), state, data, None)
+        reference = tiny_model(arch).double()
+        state, step = training(arch, data, copy.deepcopy(reference), weight_decay=0.3)
+        widths = reference.step_widths(draw(4, torch.Generator()))
         step(images, labels, widths, 0.05, 0.5)
         ipkd_ta_loss(reference(data.normalise(images), widths), labels, kd_weight=0.5).backward()
         decayed = {tuple(m.weight.shape) for m in reference.modules()
                    if isinstance(m, nn.Linear) or isinstance(m, nn.Conv2d) and m.groups == 1}
-        for new, old, p in zip(state.model.parameters(), before, reference.parameters()):
-            decay = weight_decay if arch == "msdnet" or tuple(p.shape) in decayed else 0
-            gradient = p.grad + decay * old
-            assert_close(new, old - 0.05 * 1.9 * gradient, rtol=1e-8, atol=1e-10)
+        for new, p in zip(state.model.parameters(), reference.parameters()):
+            decay = 0.3 if arch == "msdnet" or tuple(p.shape) in decayed else 0
+            gradient = p.grad + decay * p
+            assert_close(new, p - 0.05 * 1.9 * gradient, rtol=1e-8, atol=1e-10)
 
-    @rows("n, sizes", [(40, [16, 16]), (33, [16, 16]), (16, [16]), (7, [7])])
-    def test_every_step_sees_a_full_batch_drawn_anew_in_each_epoch(self, n, sizes):
+    @rows("n, batch, trained", [(33, 16, 32), (16, 16, 16), (7, 7, 7)])
+    def test_every_step_has_a_full_batch_drawn_anew_in_each_epoch_and_the_widths_of_sandwich(
+            self, n, batch, trained):
         data = shapes(n)
         data.splits["train"] = data.splits["train"][0], torch.arange(n)
-        state = state_of("msdnet")
-        seen = []
+        state, _ = training("universal", data)
+        cfg = config("universal", epochs=8, sandwich=5)
+        epochs = []
 
-        def step(images, labels, *rest):
-            seen.append(labels.tolist())
+        def step(images, labels, widths, *rest):
+            assert (len(labels), len(widths)) == (batch, 5) and widths == sorted(widths)
+            assert (widths[0], widths[-1]) == (0.05, 0.15)
+            epochs[-1] += labels.tolist()
             return torch.tensor(1.0)
 
         for _ in range(8):
-            record = ipkd_ta.train_epoch(config("msdnet", epochs=8), state, data, step)
+            epochs.append([])
+            record = ipkd_ta.train_epoch(cfg, state, data, step)
             state.history.append(record)
-        assert [len(batch) for batch in seen] == sizes * 8 and record["loss"] == 1
-        epochs = [sum(seen[i:i + len(sizes)], []) for i in range(0, len(seen), len(sizes))]
-        assert all(len(set(epoch)) == sum(sizes) for epoch in epochs)
+        assert record["loss"] == 1
+        assert all(len(epoch) == len(set(epoch)) == trained for epoch in epochs)
         assert len(set(map(tuple, epochs))) == 8 and set(sum(epochs, [])) == set(range(n))
 
-    @rows("n", [2, 3, 6])
-    def test_a_step_trains_as_many_widths_as_sandwich_says_both_ends_among_them(self, n):
-        widths = tiny_model("universal").step_widths(draw(n, torch.Generator().manual_seed(0)))
-        assert len(widths) == n and widths == sorted(widths)
-        assert (widths[0], widths[-1]) == (0.05, 0.15)
+    @rows("no_flip", [False, True])
+    def test_no_flip_leaves_left_and_right_in_training_images(self, no_flip):
+        data = shapes(16)
+        data.splits["train"][0][:] = torch.arange(32)  # brighter to the right
+        rises = []
+
+        def step(images, *rest):
+            rises.append((images[:, 0, 16, 20] > images[:, 0, 16, 12]).all())
+            return torch.tensor(1.0)
+
+        state = training("msdnet", data)[0]
+        ipkd_ta.train_epoch(config("msdnet", no_flip=no_flip), state, data, step)
+        assert all(rises) == no_flip
+
+    def test_a_run_names_its_directory_and_has_results_of_the_images_held_out(
+            self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        assert run(**tiny("universal", val_size=10, seed=3, amp="bf16")) == 0
+        found = read(tmp_path / "runs/slimmable-shapes-ipkd-ta-seed3/results.json")
+        assert len(found["validation"]) == 3 and found["precision"] == "bfloat16"
 
     def test_a_divergence_is_one_line_and_keeps_the_last_checkpoint(
             self, tmp_path, monkeypatch, capfd):
@@ -1210,25 +1136,14 @@ class TestTraining:
             return record
 
         monkeypatch.setattr(ipkd_ta, "train_epoch", spoiled)
-        err = refused(capfd, "--out", tmp_path, **TINY["msdnet"], **{**QUICK, "epochs": 3})
+        err = refused(capfd, "--out", tmp_path, **tiny("msdnet", epochs=3))
         assert "diverged in epoch 2" in err and "--lr than 0.1" in err
         assert len(read(tmp_path / "checkpoint.pt")["history"]) == 1
 
-    @each_network
-    def test_evaluation_needs_no_larger_batches_than_training_allows(
-            self, arch, tmp_path, monkeypatch):
-        sizes = []
-        forward = ipkd_ta.NETWORKS[TINY[arch]["arch"]].cls.forward
-
-        def spy(model, x, widths=None):
-            if not model.training:
-                sizes.append(len(x))
-            return forward(model, x, widths)
-
-        monkeypatch.setattr(ipkd_ta.NETWORKS[TINY[arch]["arch"]].cls, "forward", spy)
-        assert train_tiny(arch, tmp_path, batch_size=4) == 0
-        assert max(sizes) == 16
-        assert [len(x) for x in ipkd_ta.calibration_batches(config(arch), shapes(150))] == [75, 75]
+    def test_evaluation_needs_no_larger_batches_than_training_allows(self):
+        assert ipkd_ta.load_data(config("msdnet", batch_size=4)).eval_batch == 16
+        batches = ipkd_ta.calibration_batches(config("universal"), shapes(150))
+        assert [len(x) for x in batches] == [75, 75]
 
 
 class TestEvaluation:
@@ -1238,7 +1153,12 @@ class TestEvaluation:
         images = torch.arange(250, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 8, 8)
         model = nn.Module()
         model.widths = None
-        model.forward = lambda x, _: [*logits[:, x[:, 0, 0, 0].round().long()]]
+
+        def forward(x, widths):
+            assert len(x) <= 64
+            return [*logits[:, x[:, 0, 0, 0].round().long()]]
+
+        model.forward = forward
         scale = torch.zeros(3), torch.ones(3) / 255  # so that pixels stay what they are
         data = ipkd_ta.Data({"test": (images, labels)}, [*range(10)], *scale, eval_batch=64)
         for z, sub in zip(logits, ipkd_ta.evaluate(model, data), strict=True):
@@ -1265,6 +1185,8 @@ class TestEvaluation:
             answers, exits = early_exit(model, data.normalise(images), budget["thresholds"])
             top1 = 100 * (answers == labels).double().mean().item()
             assert budget["top1"] == pytest.approx(top1)
+            left = [(exits == k).double().mean().item() for k in (1, 2, 3)]
+            assert budget["exits"] == pytest.approx(left)
             assert budget["macs"] == pytest.approx(cost[exits - 1].mean().item())
 
 
@@ -1329,24 +1251,20 @@ class TestReport:
         assert "| ipkd, kd_weight 0.3" in out
 
     def test_linked_directories_are_reported_and_what_is_left_out_is_named(self, tmp_path, capsys):
-        for name in ("here", "elsewhere"):
-            (tmp_path / name).mkdir()
-        write_result(tmp_path / "elsewhere", "ce", 0, [90.0])
-        for name in ("here", "elsewhere"):
-            (tmp_path / "here" / name).symlink_to(tmp_path / name, target_is_directory=True)
-        write_result(tmp_path / "here", "ce", 1, [92.0])
-        twin = write_result(tmp_path / "here", "ce", 1, [91.0])
-        (tmp_path / "here/unfinished").mkdir()
-        (tmp_path / "here/unfinished/config.json").write_text("{}")
-        out, err = report(capsys, tmp_path / "here")
+        here = tmp_path / "here"
+        (here / "unfinished").mkdir(parents=True)
+        (here / "unfinished/config.json").touch()
+        (here / "up").symlink_to(tmp_path, target_is_directory=True)  # and so to here
+        write_result(tmp_path, "ce", 0, [90.0])
+        write_result(here, "ce", 1, [92.0])
+        twin = write_result(here, "ce", 1, [91.0])
+        out, err = report(capsys, here)
         assert "| ce (2) | 91.00 ± 1.41 |" in out
         assert str(twin) in err and "unfinished' is not finished" in err and err.count("\n") == 2
 
     @rows("content", [
-        b"", b"\xff\xfe", b"[]", b"3", {"config": 3}, {"sub_models": SUB}, {"sub_models": []},
-        {"config": {"arch": "msdnet"}}, {"sub_models": [{**SUB, "macs": None}]}, {"classes": 10},
-        {"train_images": "40"}, {"sub_models": [{**SUB, "macs": 10**400}]},
-        {"config": {**RUN, "seed": "many"}}])
+        b"", b"\xff\xfe", b"[]", {"config": {}}, {"sub_models": []}, {"classes": 10},
+        {"sub_models": [{**SUB, "macs": None}]}, {"train_images": "40"}])
     def test_a_file_that_is_no_result_is_named(self, content, tmp_path, capfd):
         if isinstance(content, dict):
             content = json.dumps({"config": RUN, "sub_models": [SUB], **content}).encode()
@@ -1400,16 +1318,18 @@ def trained(tmp_path_factory):
     return root
 
 
+FULL = OSError(28, "No space left on device")
 CODE = type("Code", (), {"__reduce__": lambda self: (os.mkdir, ("executed",))})()
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.iterdir()}
 
 
 class TestResume:
     @rows("arch, owner, name, calls", [
         ("msdnet", ipkd_ta, "load_data", 0),
         ("msdnet", ipkd_ta, "evaluate", 1),
-        ("msdnet", ipkd_ta, "finish", 0),
-        ("msdnet", ipkd_ta, "ipkd_ta_loss", 1),
-        ("universal", ipkd_ta, "ipkd_ta_loss", 5),
         ("switchable", ipkd_ta, "ipkd_ta_loss", 3),
         *(("universal", os, "replace", n) for n in (0, 1, 2, 3, 6))])
     @rows("error", [Killed, KeyboardInterrupt])
@@ -1428,17 +1348,15 @@ class TestResume:
         assert results[0] == results[1]
         assert timeless(out / "metrics.jsonl") == timeless(whole / "metrics.jsonl")
 
-    def test_a_full_disk_keeps_the_last_checkpoint(self, trained, tmp_path, capfd):
-        full = OSError(28, "No space left on device")
-        with dying(os, "replace", 3, full):  # in the second epoch
-            err = refused(capfd, "--out", tmp_path, **TINY["universal"], **{**QUICK, "epochs": 3})
+    def test_a_full_disk_keeps_the_last_checkpoint(self, tmp_path, capfd):
+        with dying(os, "replace", 3, FULL):  # in the second epoch
+            err = refused(capfd, "--out", tmp_path, **tiny("universal", epochs=3))
         assert "No space left" in err and not list(tmp_path.glob("*tmp*"))
         assert len(read(tmp_path / "checkpoint.pt")["history"]) == 1
 
     def test_a_run_that_could_not_begin_leaves_its_place_free(self, tmp_path, capfd):
-        full = OSError(28, "No space left on device")
-        with dying(json, "dump", 0, full):
-            err = refused(capfd, "--out", tmp_path, **TINY["msdnet"], **QUICK)
+        with dying(json, "dump", 0, FULL):
+            err = refused(capfd, "--out", tmp_path, **tiny("msdnet"))
         assert "No space left" in err and not list(tmp_path.iterdir())
         assert train_tiny("msdnet", tmp_path) == 0
 
@@ -1449,30 +1367,23 @@ class TestResume:
 
     @rows("mode", ["--eval", "--resume"])
     @rows("damage", [
-        lambda good: b"",
-        lambda good: bytes(range(256)) * 10,
         lambda good: good[:-1000],
         lambda good: good[:9000] + bytes([good[9000] ^ 1]) + good[9001:],
-        {"model": {}}, {"model": CODE}, {"mean": (0.5, 0.5, 0.5)}, {"config": []},
-        {"config": {"arch": "vgg"}}, {"config": {"exits": "many"}}])
+        {"model": {}}, {"model": CODE}, {"mean": (0.5, 0.5, 0.5)}, {"config": {}}])
     def test_a_damaged_or_foreign_checkpoint_is_named_and_its_code_is_not_run(
             self, damage, mode, trained, tmp_path, monkeypatch, capfd):
         monkeypatch.chdir(tmp_path)
         out = shutil.copytree(trained / "msdnet", tmp_path / "run")
         path = out / "checkpoint.pt"
-        good = read(path)
         (out / "results.json").unlink()
         if callable(damage):
             path.write_bytes(damage(path.read_bytes()))
         else:
-            (part, content), = damage.items()
-            if part == "config" and content:
-                content = {**good[part], **content}
-            torch.save({**good, part: content}, path)
-        before = {file: file.read_bytes() for file in out.iterdir()}
+            torch.save({**read(path), **damage}, path)
+        before = contents(out)
         words = [mode, path] if mode == "--eval" else [mode, "--out", out]
         assert str(path) in refused(capfd, *words)
-        assert before == {file: file.read_bytes() for file in out.iterdir()}
+        assert contents(out) == before
         assert not Path("executed").exists()
 
     def test_the_checkpoint_of_another_run_is_refused(self, trained, tmp_path, capfd):
@@ -1485,26 +1396,26 @@ class TestResume:
         with dying(ipkd_ta, "ipkd_ta_loss", 3), suppress(Killed):
             train_tiny("universal", tmp_path, epochs=2)
         assert run("--resume", "--out", tmp_path, lr=0.3, device="cpu", bn="universal") == 0
-        assert "keeps its own options: --lr 0.1" in capfd.readouterr().out.replace(",", "")
+        assert "keeps its own options: --lr 0.1\n" in capfd.readouterr().out
         assert read(tmp_path / "results.json")["config"]["lr"] == 0.1
 
     def test_a_finished_run_stays_as_it_is(self, trained, capfd):
         out = trained / "msdnet"
-        before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+        before = contents(out)
         assert run("--resume", "--out", out) == 0
         assert "finished" in capfd.readouterr().out
         assert "has a run" in refused(capfd, "--out", out)
         assert run("--resume", "--out", out, arch="msdnet", dataset="shapes", method="ce") == 0
         assert ": --method ipkd-ta, --train-size 40, --epochs 3, " in capfd.readouterr().out
-        assert before == {path: path.stat().st_mtime_ns for path in out.iterdir()}
+        assert contents(out) == before
 
     @rows("kept", ["results.json", "checkpoint.pt"])
     def test_one_file_of_a_run_keeps_its_place_and_is_enough_to_go_on(
             self, kept, trained, tmp_path, capfd):
         shutil.copy(trained / "msdnet" / kept, tmp_path)
-        before = (tmp_path / kept).read_bytes()
+        before = contents(tmp_path)
         assert "has a run" in refused(capfd, "--out", tmp_path)
-        assert (tmp_path / kept).read_bytes() == before
+        assert contents(tmp_path) == before
         assert run("--resume", "--out", tmp_path) == 0
         found, whole = (read(out / "results.json") for out in (tmp_path, trained / "msdnet"))
         assert found["sub_models"] == whole["sub_models"]
@@ -1538,7 +1449,7 @@ class TestResume:
         assert "does not have the images of the run" in err
 
     @each_network
-    def test_eval_prints_the_table_of_the_run(self, arch, trained, tmp_path, capfd):
+    def test_eval_prints_the_table_of_the_run(self, arch, tmp_path, capfd):
         assert train_tiny(arch, tmp_path) == 0
         table = capfd.readouterr().out.splitlines()[-3:]
         assert run("--eval", tmp_path / "checkpoint.pt") == 0
@@ -1549,9 +1460,7 @@ class TestResume:
         content["config"]["compile"] = True  # on a GPU
         path = tmp_path / "checkpoint.pt"
         torch.save(content, path)
-        before = torch.get_rng_state()
         assert run("--eval", path, "--widths", 0.05, 0.12) == 0
-        exact(torch.get_rng_state(), before)
         lines = [line.split() for line in capfd.readouterr().out.splitlines()[-2:]]
         assert [name for name, *_ in lines] == ["width-0.05", "width-0.12"]
         first = read(trained / "universal/results.json")["sub_models"][0]
@@ -1570,7 +1479,7 @@ print("trains", flush=True)
 again = out.exists()
 out.mkdir(parents=True, exist_ok=True)
 (out / "words").write_text(" ".join(words))
-(out / "pid").write_text(str(os.getpid()))
+(out / f"{os.getpid()}.pid").touch()
 time.sleep(float(os.environ["SLEEP"]))
 if os.environ["FAIL"] in " ".join(words) and not again:
     sys.exit("its last words")
@@ -1628,14 +1537,14 @@ class TestRunCifar:
 
     def test_ctrl_c_ends_all_its_runs(self, tmp_path):
         process = run_cifar(tmp_path, SLEEP="100")
-        while len(list(tmp_path.glob("runs/*/pid"))) < 2:
+        while len(list(tmp_path.glob("runs/*/*.pid"))) < 2:
             assert process.poll() is None
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
         assert process.wait() == 130 and "call it again" in process.stderr.read()
-        for path in tmp_path.glob("runs/*/pid"):
+        for path in tmp_path.glob("runs/*/*.pid"):
             with pytest.raises(ProcessLookupError):
-                os.kill(int(path.read_text()), 0)
+                os.kill(int(path.stem), 0)
 
 
 @pytest.mark.skipif(not (HERE / "README.md").exists(), reason="needs README.md")
