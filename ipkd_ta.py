@@ -1083,14 +1083,14 @@ def load_data(cfg, device=torch.device("cpu")):
 
 def build_model(cfg, num_classes):
     """The network that the options describe, the same for one seed; InputError when they do not
-    fit each other."""
+    fit each other, or the network does not fit into memory."""
     cls = NETWORKS[cfg.arch].cls  # whose arguments have the names of options
     own = [name for name in inspect.signature(cls).parameters if name != "num_classes"]
     try:
         with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
             torch.manual_seed(cfg.seed)
             return cls(num_classes, **{name: getattr(cfg, name) for name in own})
-    except ValueError as error:
+    except (RuntimeError, ValueError) as error:  # torch has no memory for it, or we refuse it
         raise InputError(f"--arch {cfg.arch}: {error}") from error
 
 
