@@ -80,6 +80,7 @@ def ipkd_ta_loss(logits, target, method="ipkd-ta", kd_weight=0.5, temperature=1.
         raise ValueError(f"kd_weight must be from 0 to 1, got {kd_weight}")
     if not 1e-3 <= temperature <= 1e3:
         raise ValueError(f"temperature must be from 0.001 to 1000, got {temperature}")
+    logits = list(logits)
     shapes = [tuple(z.shape) for z in logits]
     if len(set(shapes)) != 1 or len(shapes[0]) != 2 or 0 in shapes[0]:
         raise ValueError(f"logits must be a list of tensors of one shape (N, C), got {shapes}")
@@ -177,19 +178,6 @@ class SlimmableMobileNetV1(nn.Module):
         self.norms = nn.ModuleList(norms)
         self.forget()
 
-    def forget(self):
-        """Universal: no width has statistics. Those of `widths` keep a place in the state dict,
-        with variances far below 0, so that averages with measured ones are below it, too."""
-        self.statistics = nn.Module()
-        if self.bn == "universal":
-            for width in self.widths:
-                self.fill(width, -1e4)
-
-    def fill(self, width, value):
-        """Give a width a new buffer (2, channels of all layers): its means and its variances."""
-        both = self.classifier.weight.new_full((2, sum(self.channels(width))), value)
-        self.statistics.register_buffer(self.key(width), both)
-
     def channels(self, width):
         """Output channels of the 27 convolutions: the multiple of 8 nearest to c * width, but at
         least 8 and at least 90 % of c * width."""
@@ -206,6 +194,20 @@ class SlimmableMobileNetV1(nn.Module):
         """Name of the buffer of this width's statistics; a name must not have a dot."""
         return str(round(float(width) * 10**7))
 
+    def fill(self, width, value):
+        """Give a width a new buffer (2, channels of all layers): its means and its variances."""
+        both = self.classifier.weight.new_full((2, sum(self.channels(width))), value)
+        self.statistics.register_buffer(self.key(width), both)
+
+    def forget(self):
+        """Universal: drop what was calibrated. Each of `widths` keeps a buffer, so that a state
+        dict always has its name. Variances far below 0 mark it as not measured, and so they do in
+        an average with measured ones."""
+        self.statistics = nn.Module()
+        if self.bn == "universal":
+            for width in self.widths:
+                self.fill(width, -1e4)
+
     def layers(self, width, measured=False):
         """What the 27 layers compute with at this width, as views of the network's tensors.
 
@@ -218,7 +220,8 @@ class SlimmableMobileNetV1(nn.Module):
             raise ValueError(f"width {width} is outside of the trained range, {low} to {high}")
         channels = self.channels(width)
 
-        # statistics: those of the width's own BatchNorms, or of universal ones those calibrated
+        # a switchable BatchNorm has its own statistics; a universal one has None, or what was
+        # calibrated
         norms = self.norms
         if self.bn == "switchable":
             if width not in self.widths:
@@ -256,7 +259,8 @@ class SlimmableMobileNetV1(nn.Module):
         return self.run(x, layers, self.training)
 
     def run(self, x, layers, training, momentum=0.1):
-        """`forward` by the layers of one width; training updates statistics that they have."""
+        """Logits of one width, given its `layers`. In training BatchNorm uses the batch, and
+        updates mean and variance where they are not None."""
         for conv, weight, gamma, beta, mean, variance in layers:
             groups = len(weight) if conv.groups > 1 else 1
             x = F.conv2d(x, weight, None, conv.stride, conv.padding, groups=groups)
@@ -296,8 +300,8 @@ class SlimmableMobileNetV1(nn.Module):
         return list(self.classifier(x).unbind(1))
 
     def step_widths(self, draw):
-        """What `forward` takes in one step of training, smallest width first: all of `widths`, or
-        if universal those of draw(low, high), on a GPU as a tensor (n, 27) of channels."""
+        """The widths of one training step, as `forward` takes them, smallest first. Switchable:
+        all. Universal: those of draw(low, high); on a GPU their channels, a tensor (n, 27)."""
         if self.bn == "switchable" or len(self.widths) == 1:
             return self.widths
         widths = sorted(draw(self.widths[0], self.widths[-1]))
@@ -559,7 +563,8 @@ class MSDNet(nn.Module):
         for k, (block, head) in enumerate(zip(self.blocks, self.heads)):
             x = block(x)  # maps, finest scale first
             read = x[-1]
-            if self.gradient_equilibrium and self.training:  # the same numbers, gradients scaled
+            if self.gradient_equilibrium and self.training:
+                # the head sends its share of the mean, all later blocks the rest; the numbers stay
                 share = 1 / (len(self.heads) - k)
                 read = torch.lerp(read.detach(), read, share)
                 x = [torch.lerp(m.detach(), m, 1 - share) for m in x]
@@ -869,9 +874,9 @@ def read_images(dataset, size):
 def load_folder(root, size):
     """Splits and classes of root/train/<class>/* and root/test/<class>/* (or val). InputError
     where a folder or a class is missing, or files cannot be read."""
-    held_out = "test" if (root / "test").is_dir() else "val"
+    test_folder = "test" if (root / "test").is_dir() else "val"
     datasets = []
-    for folder in root / "train", root / held_out:
+    for folder in root / "train", root / test_folder:
         try:
             dataset = torchvision.datasets.DatasetFolder(
                 folder, open_image, IMAGE_SUFFIXES, transform=square(size))
@@ -887,7 +892,7 @@ def load_folder(root, size):
     train, test = datasets
     differ = sorted(set(train.classes) ^ set(test.classes))
     if differ:
-        raise InputError(f"'{root}' must have the same classes in train and {held_out}: "
+        raise InputError(f"'{root}' must have the same classes in train and {test_folder}: "
                          f"{', '.join(differ)} in only one of them")
 
     # all files that cannot be read are named at once
@@ -925,12 +930,12 @@ def hold_out(splits, train_size, val_size, name):
 
 # The families of networks. What the program and `extract` use of a network: widths, step_widths,
 # forward(x, w) -> list of logits, where w is widths or what step_widths gives, parameter_groups,
-# calibrate, sub_models and extract.
+# calibrate, sub_models, extract, and a constructor (num_classes, options by their names).
 #   exits: its sub-models are exits, for early_exit, and have early_exit_macs.
 #   cpu_compiles: --compile works on a CPU.
 #   cpu_format: the order of memory that is fastest on a CPU.
-#   defaults: over those of Config. small: over these, with --small and on shapes. shapes: over
-#       all, on shapes.
+#   defaults, small, shapes: options that differ from those of Config: always; with --small and on
+#       shapes; on shapes. Later ones win.
 NETWORKS = {
     "msdnet": SimpleNamespace(
         cls=MSDNet, exits=True, cpu_compiles=True, cpu_format=torch.contiguous_format,
@@ -954,7 +959,7 @@ def option(default, help, kind="setting", low=None, high=2**31 - 1, choices=None
     """A field of Config with its range or choices.
 
     kind: "msdnet", "slimmable" or "folder": refused for other networks or data. "distillation":
-        without effect on ce. "run": reports do not list it among the settings. "setting": others.
+        without effect on ce. "setting": listed by reports. "run": not listed.
     """
     about = dict(help=help, kind=kind, low=low, high=high, choices=choices)
     return field(default=default, metadata=about)
@@ -1061,18 +1066,19 @@ def load_data(cfg, device=torch.device("cpu")):
         splits, classes = load_cifar(cfg.dataset, root)
     hold_out(splits, cfg.train_size, cfg.val_size, cfg.data_name)
 
-    # published statistics, or measured ones: one channel at a time and in place, because floats
-    # take four times as much memory
     if cfg.dataset in CIFAR_STATISTICS:
         mean, std = torch.tensor(CIFAR_STATISTICS[cfg.dataset])
     else:
+        # one channel at a time and in place: floats take four times as much memory
         channels = splits["train"][0].unbind(1)
         pairs = [torch.std_mean(channel.float().div_(255), correction=0) for channel in channels]
         std, mean = torch.tensor(pairs).T
-    std = std.clamp_min(1e-3)
+    std = std.clamp_min(1e-3)  # of a constant channel it is 0
 
-    # without gradients, four batches of training need no more memory than one
+    # evaluation keeps no activations: it has memory for four times the batch of training
     eval_batch = min(256, 4 * cfg.batch_size)
+
+    # on the device, in the order of memory that is fastest there
     memory_format = torch.channels_last
     if device.type == "cpu":
         memory_format = NETWORKS[cfg.arch].cpu_format
@@ -1083,23 +1089,23 @@ def load_data(cfg, device=torch.device("cpu")):
 
 def build_model(cfg, num_classes):
     """The network that the options describe, the same for one seed; InputError when they do not
-    fit each other, or the network does not fit into memory."""
+    fit each other."""
     cls = NETWORKS[cfg.arch].cls  # whose arguments have the names of options
     own = [name for name in inspect.signature(cls).parameters if name != "num_classes"]
     try:
         with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
             torch.manual_seed(cfg.seed)
             return cls(num_classes, **{name: getattr(cfg, name) for name in own})
-    except (RuntimeError, ValueError) as error:  # torch has no memory for it, or we refuse it
+    except ValueError as error:
         raise InputError(f"--arch {cfg.arch}: {error}") from error
 
 
 @contextmanager
 def reading(path):
-    """InputError, which names the file, for whatever is wrong with its content."""
+    """InputError, which names the file, when reading it fails for any reason."""
     try:
         yield
-    except Exception as error:  # torch raises many types
+    except Exception as error:  # a foreign file may raise anything
         raise InputError(f"cannot read '{path}': {error!r}") from error
 
 
@@ -1117,12 +1123,14 @@ def config_of(saved):
 # ==== Evaluation: every sub-model on a split, budgets ===========================================
 
 def calibration_batches(cfg, data):
-    """2,048 training images for `calibrate`, the same at every call, augmented as in training."""
+    """Up to 2,048 training images for `calibrate`, the same at every call, augmented as in
+    training."""
     train = data.splits["train"][0]
     generator = torch.Generator().manual_seed(0)
     chosen = torch.randperm(len(train), generator=generator)[:2048].to(train.device)
 
-    # of equal size, and not less than 64 if there are so many: few images have poor statistics
+    # batches of nearly equal size, of at least 64 images if there are so many: few images have poor
+    # statistics
     count = len(chosen) // max(64, cfg.batch_size)
     for batch in chosen.tensor_split(max(1, count)):
         yield data.normalise(augment(train[batch], generator, not cfg.no_flip))
@@ -1136,7 +1144,6 @@ def predict(model, data, split, widths=None):
     model.eval()
     images, labels = data.splits[split]
 
-    # in the order of the images
     logits = []
     for x in images.split(data.eval_batch):
         logits.append(torch.stack(model(data.normalise(x), widths or model.widths)))
@@ -1259,8 +1266,8 @@ class State:
         self.crop_rng.set_state(content["crop_rng"])
         self.history = content["history"]
 
-        # fused SGD reads a momentum as if it had its parameter's order of memory, which on the
-        # device that saved it may have been another
+        # fused SGD assumes that a momentum lies in memory as its parameter does; the device that
+        # saved it may have used another order
         for p, saved in self.optimizer.state.items():
             saved["momentum_buffer"] = torch.empty_like(p).copy_(saved["momentum_buffer"])
 
@@ -1462,7 +1469,7 @@ def train(cfg, state, data, amp, out):
         # the time left, by the pace so far
         pace = (time.perf_counter() - start) / (epoch - first)
         print_epoch(cfg, record, minutes_left=pace * (cfg.epochs - epoch) / 60)
-    return accuracies or evaluate(model, data)
+    return accuracies or evaluate(model, data)  # (none: resumed after the last epoch)
 
 
 # ==== Report: tables and picture ================================================================
@@ -1472,8 +1479,8 @@ T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 def other_options(cfg):
-    """The options that are not the defaults, as texts: of the setting, and of the method. Those of
-    --small together are called small."""
+    """The options that are not the defaults, as texts: of the setting, and of the method. Where
+    all options of --small are set, the word small stands for them."""
     setting = []
     method = []
     given = {"arch": cfg.arch, "dataset": cfg.dataset}
@@ -1592,14 +1599,18 @@ def plot(settings, path):
         raise InputError(f"--plot needs matplotlib ({error}): pip install it") from error
     figure = Figure((4.5 * len(settings), 4), layout="constrained", dpi=150)
     panels = figure.subplots(1, len(settings), squeeze=False)[0]
+    methods = sorted({method for by_method in settings.values() for method in by_method})
     for (setting, by_method), axes in zip(settings.items(), panels):
 
-        # a line for each method, with bars where it has several seeds
-        for (method, runs), line in zip(by_method.items(), itertools.cycle([":", "--", "-"])):
+        # a line for each method, the same in all panels, with bars where it has several seeds
+        for method, runs in by_method.items():
+            i = methods.index(method)
             columns = list(zip(*(run.top1 for run in runs)))
             bars = [stdev(column) for column in columns] if len(runs) > 1 else None
-            axes.errorbar(runs[0].mmacs, [fmean(column) for column in columns], bars,
-                          linestyle=line, marker="o", markersize=4, capsize=2, label=method)
+            axes.errorbar(
+                runs[0].mmacs, [fmean(column) for column in columns], bars, marker="o",
+                color=f"C{i}", linestyle=(":", "--", "-")[i % 3], markersize=4, capsize=2,
+                label=method)
 
         # what the panel is about
         axes.set_title(textwrap.fill(setting, 60), fontsize=9)
@@ -1687,13 +1698,13 @@ def check_images(cfg, data, content):
 
 
 def keep_options(cfg, given, where, free=("data_dir", "device")):
-    """cfg, of which the `free` options may be given anew; a line names others that differ.
-    InputError for an option of another network."""
+    """cfg with those of the `free` options that are given. Others have no effect: a line names
+    those that differ. InputError for an option of another network."""
     refuse_other_family(cfg.arch, cfg.dataset, given)
     changed = replace(cfg, **given)
 
-    # run_cifar.sh names network, data and method: then all that is not given is asked to have its
-    # default
+    # a command that names network, data and method, as run_cifar.sh does, asks for a whole run:
+    # what it leaves out means the default
     asked = changed
     if {"arch", "dataset", "method"} <= given.keys():
         asked = make_config(given)
@@ -1760,20 +1771,20 @@ def options_of_run(out):
     for path in out / "config.json", out / "results.json":
         if path.exists():
             with reading(path):
-                saved = read_json(path)
-                return config_of(saved.get("config", saved))  # results.json has more than options
+                saved = read_json(path)  # results.json has them under "config"
+                return config_of(saved.get("config", saved))
     if (out / "checkpoint.pt").exists():
         return load_checkpoint(out / "checkpoint.pt")[0]
     return None
 
 
 def find_run(given, out, resume):
-    """Options and directory of the run, and whether it has begun: then the options are its own.
-    InputError when another run has the directory."""
+    """Options and directory of the run, and whether it has begun; if so, the options are those that
+    it began with. InputError when another run has the directory."""
     if out is None:
         cfg = make_config(given)
         out = Path(f"runs/{cfg.arch}-{cfg.data_name}-{cfg.method}-seed{cfg.seed}")
-    if out.is_file():
+    if out.exists() and not out.is_dir():
         raise InputError(f"--out '{out}' is a file, not a directory")
     own = options_of_run(out)
     if own is None:
@@ -1798,8 +1809,8 @@ def run_training(given, out, resume):
     model = build_model(cfg, len(data.classes)).to(device, memory_format=data.memory_format)
     state = State(cfg, model, device, amp)
 
-    # a new run takes its directory only now, when all that it needs is there; another one goes on
-    # from its checkpoint, if it has one
+    # a new run takes its directory only now, when all that it needs is there; one that has begun
+    # goes on from its checkpoint
     if not begun:
         claim(cfg, out)
     elif (out / "checkpoint.pt").exists():
@@ -1807,7 +1818,8 @@ def run_training(given, out, resume):
         if replace(saved, data_dir=cfg.data_dir, device=cfg.device) != cfg:
             raise InputError(f"'{out}' has the checkpoint.pt of another run, or its config.json")
         check_images(cfg, data, content)
-        state.load(content)
+        with reading(out / "checkpoint.pt"):
+            state.load(content)
 
     # say what is trained
     images, tested = (len(data.splits[split][1]) for split in ("train", "test"))
@@ -1838,7 +1850,7 @@ def run_training(given, out, resume):
 
 def run_evaluation(path, given):
     """The table of a checkpoint, of a universal slimmable network at any --widths."""
-    # the options are the run's, but its place may be another one, and nothing is compiled
+    # the options are the run's, but on a device of this machine, and nothing is compiled
     cfg, model, content = load_checkpoint(path)
     cfg = replace(cfg, device="auto", compile=False)
     cfg = keep_options(cfg, given, path, free=("data_dir", "device", "widths"))

@@ -300,12 +300,12 @@ def plain_mobilenet(model, width):
 def measure(plain, batches):
     """Its BatchNorm statistics become the mean of those of each batch, weighted by its images."""
     statistics = [buffer for buffer in plain.buffers() if buffer.ndim]
-    sums = [0] * len(statistics)
+    of_images = []
     for batch in batches:
         plain(batch)
-        sums = [s + len(batch) * buffer for s, buffer in zip(sums, statistics)]
-    for s, buffer in zip(sums, statistics):
-        buffer.copy_(s / sum(map(len, batches)))
+        of_images += [copy.deepcopy(statistics)] * len(batch)
+    for buffer, *values in zip(statistics, *of_images):
+        buffer.copy_(sum(values) / len(values))
 
 
 def calibrated(arch, scale=1):
@@ -600,6 +600,7 @@ def pictures_of(image):
 def write_cifar(root, name):
     """A small CIFAR in its own on-disk format; returns {split: (images, labels)}."""
     cls = getattr(torchvision.datasets, name.upper())
+    key = "fine_labels" if name == "cifar100" else "labels"
     folder = root / cls.base_folder
     folder.mkdir()
     splits = {}
@@ -608,7 +609,7 @@ def write_cifar(root, name):
         images = torch.randint(256, (len(files), 8, 3, 32, 32), dtype=torch.uint8)
         labels = torch.randint(10, (len(files), 8))
         for file, x, y in zip(files, images.flatten(2).numpy(), labels.tolist()):
-            (folder / file).write_bytes(pickle.dumps({"data": x, "labels": y}))
+            (folder / file).write_bytes(pickle.dumps({"data": x, key: y}))
         splits[split] = images.flatten(0, 1), labels.flatten()
     meta = {cls.meta["key"]: ["cat", "dog"]}
     (folder / cls.meta["filename"]).write_bytes(pickle.dumps(meta))
