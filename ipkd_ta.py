@@ -10,8 +10,8 @@ one, a cascade of teacher assistants:
     python ipkd_ta.py                                   # a demonstration on drawn shapes
     python ipkd_ta.py --arch msdnet --dataset cifar100  # one of the benchmarks, downloads 170 MB
 
-Measured on two cores of an AMD EPYC, PyTorch 2.14: the demonstration takes 18 s, the first exit
-reaches 91.3 %, the last 98.1 %.
+Measured on two cores of an AMD EPYC, PyTorch 2.14: the demonstration takes 18 to 23 s, the first
+exit reaches 91.3 %, the last 98.1 %.
 To reuse the loss or a network, copy its room, from banner to banner, and the imports.
 """
 import argparse
