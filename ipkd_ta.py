@@ -361,8 +361,8 @@ class SlimmableMobileNetV1(nn.Module):
         self.statistics = nn.Module()
         for name, both in state_dict.items():
             if name.startswith(f"{prefix}statistics."):
-                place = self.classifier.weight.new_empty(both.shape)
-                self.statistics.register_buffer(name.rpartition(".")[2], place)
+                buffer = self.classifier.weight.new_empty(both.shape)
+                self.statistics.register_buffer(name.rpartition(".")[2], buffer)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def sub_models(self, image_size=32, widths=None):
@@ -1114,7 +1114,8 @@ def read_json(path):
 
 
 def config_of(saved):
-    """Config of a saved dict; an option that it does not have has its default."""
+    """Config of a saved dict; an option that it does not have has its default. A foreign dict
+    raises errors of many types: see `reading`."""
     default = make_config({name: saved[name] for name in ("arch", "dataset", "method")})
     known = {f.name: f.type(saved[f.name]) for f in fields(Config) if f.name in saved}
     return replace(default, **known)
@@ -1502,7 +1503,9 @@ def other_options(cfg):
 
 
 def read_run(path):
-    """What a report needs of a results.json."""
+    """What a report needs of a results.json: a namespace whose top1 is in percent and mmacs in
+    millions, smallest sub-model first. A foreign file raises errors of many types: see `reading`.
+    """
     run = read_json(path)
     cfg = config_of(run["config"])
     names = [str(sub["name"]) for sub in run["sub_models"]]
@@ -1592,7 +1595,7 @@ def paired_difference(runs, others):
 
 def plot(settings, path):
     """Top-1 accuracy against MACs: a panel for each setting, a line for each method. InputError
-    without matplotlib."""
+    without matplotlib, or for a suffix that it does not write."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
