@@ -1926,7 +1926,7 @@ def main(argv=None):
             run_evaluation(args.eval, given)
         else:
             run_training(given, args.out, args.resume)
-    except (InputError, OSError) as error:  # what the user can mend
+    except (InputError, OSError, torch.OutOfMemoryError) as error:  # what the user can mend
         print("ipkd_ta.py: error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:

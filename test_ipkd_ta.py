@@ -1058,10 +1058,9 @@ class TestTraining:
         found = read(tmp_path / "results.json")
         options = read(tmp_path / "config.json")
         assert err == "" and options == found["config"]
-        assert (options["method"], options["device"], options["amp"]) == (method, "auto", "auto")
+        assert (options["method"], options["amp"]) == (method, "auto")
         assert (found["classes"], found["train_images"], found["test_images"]) == (10, 40, 50)
-        assert found["device"] == "cpu"
-        assert found["versions"]["torch"] == torch.__version__
+        assert (found["device"], found["versions"]["torch"]) == ("cpu", torch.__version__)
         table = [line.split()[::3] for line in out.splitlines()[-3:]]
         assert table == [[s["name"], f"{s['top1']:.2f}"] for s in found["sub_models"]]
 
@@ -1181,7 +1180,7 @@ class TestEvaluation:
         logits = torch.stack(model(data.normalise(data.splits["val"][0])))
         confidence = logits.softmax(2).amax(2)
         assert len(result) == 20
-        for budget in result[::6]:
+        for budget in result:
             share = torch.tensor([budget["q"] ** k for k in (1, 2, 3)])
             thresholds = exit_thresholds(confidence, share / share.sum())
             assert budget["thresholds"] == pytest.approx(thresholds, rel=1e-5)
@@ -1278,9 +1277,10 @@ class TestReport:
     def test_the_figures_of_the_readme_are_those_of_the_runs_in_the_repository(self, capsys):
         readme = (HERE / "README.md").read_text("utf-8")
         measured = (HERE / ".github/MEASUREMENTS.md").read_text("utf-8")
-        named = re.search(r"--report((?: \.github/results/[\w-]+)+)`", readme)[1].split()
-        sections = report(capsys, *map(HERE.joinpath, named)).out.split("### ")
-        complete = [s for s in sections if re.search("-ta.* - ipkd", s)]
+        complete = []
+        for named in re.findall(r"--report((?: \.github/results/[\w-]+)+)`", readme):
+            sections = report(capsys, *map(HERE.joinpath, named.split())).out.split("### ")
+            complete += [s for s in sections if re.search("-ta.* - ipkd", s)]
         for section in complete:
             means = re.findall(r"(?m)\((\d+)\) \|.* \| (.*) \|$", section)
             cells = [f"{top1} ({n})" for n, top1 in means]
@@ -1334,7 +1334,7 @@ class TestResume:
         ("msdnet", ipkd_ta, "load_data", 0),
         ("msdnet", ipkd_ta, "evaluate", 1),
         ("switchable", ipkd_ta, "ipkd_ta_loss", 3),
-        *(("universal", os, "replace", n) for n in (0, 1, 2, 3, 6))])
+        *(("universal", os, "replace", n) for n in (0, 1, 3, 6))])
     @rows("error", [Killed, KeyboardInterrupt])
     def test_a_run_that_dies_at_any_point_is_resumed_to_the_same_bits(
             self, arch, owner, name, calls, error, trained, tmp_path, capfd):
@@ -1351,16 +1351,16 @@ class TestResume:
         assert results[0] == results[1]
         assert timeless(out / "metrics.jsonl") == timeless(whole / "metrics.jsonl")
 
-    def test_a_full_disk_keeps_the_last_checkpoint(self, tmp_path, capfd):
-        with dying(os, "replace", 3, FULL):  # in the second epoch
+    @rows("error", [FULL, torch.OutOfMemoryError("CUDA out of memory")])
+    def test_a_full_disk_or_gpu_keeps_the_last_checkpoint(self, error, tmp_path, capfd):
+        with dying(os, "replace", 3, error):  # in the second epoch
             err = refused(capfd, "--out", tmp_path, **tiny("universal", epochs=3))
-        assert "No space left" in err and not list(tmp_path.glob("*tmp*"))
+        assert error.args[-1] in err and not list(tmp_path.glob("*tmp*"))
         assert len(read(tmp_path / "checkpoint.pt")["history"]) == 1
 
     def test_a_run_that_could_not_begin_leaves_its_place_free(self, tmp_path, capfd):
         with dying(json, "dump", 0, FULL):
-            err = refused(capfd, "--out", tmp_path, **tiny("msdnet"))
-        assert "No space left" in err and not list(tmp_path.iterdir())
+            assert "No space left" in refused(capfd, "--out", tmp_path, **tiny("msdnet"))
         assert train_tiny("msdnet", tmp_path) == 0
 
     def test_a_fault_of_the_program_keeps_its_traceback(self, tmp_path):
